@@ -11,7 +11,7 @@ STEPS ?= 12
 MACHINE ?=
 VENV := $(CURDIR)/.venv
 READY := $(VENV)/ready
-# Tools and the programs that they start are those of the environment.
+# Recipes, and the programs that they start, use the tools of the environment.
 export PATH := $(VENV)/bin:$(PATH)
 
 .PHONY: results smoke gpu test test-quick coverage package floors mutants compare history docs lint format clean
@@ -23,23 +23,23 @@ results: $(READY)
 smoke: CONFIG := config/smoke.yaml
 smoke: results
 
-# On a machine with a GPU, with what is installed there.
+# On a machine with a GPU, with the packages that are installed there.
 gpu:
 	$(PYTHON) scripts/gpu.py
 
 test: $(READY)
 	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Without the tests that take longest.
+# Without the slowest tests.
 test-quick: $(READY)
 	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not zoo and not slurm'
 
-# The quick tests, and the lines that they leave out.
+# The quick tests, and the lines that they do not cover.
 coverage: $(READY)
 	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not zoo and not slurm' --cov=ntkbench --cov-report=term
 
-# What pip installs, with its declared dependencies alone, in a temporary environment outside of the checkout: the versions
-# that are pinned, with each Python of PYTHONS that is on this machine, or the lowest versions that are allowed.
+# The installed package with only its declared dependencies, in a temporary environment outside of the checkout: the
+# pinned versions with each of PYTHONS that is on this machine (`package`), or the lowest allowed versions (`floors`).
 package: VERSIONS := requirements.txt
 package: PYTHONS := python3.11 python3.12 python3.13
 floors: VERSIONS := requirements-floors.txt
@@ -65,8 +65,8 @@ mutants: $(READY)
 compare: $(READY)
 	python -m ntkbench compare-commits $(if $(BASE),'$(BASE)' '$(HEAD)') --cases '$(CASES)'
 
-# asv's suite over some of the COMMITS, those that were measured before left as they are, and its page. MACHINE is what
-# the page calls this machine, its host name unless it is given.
+# asv's suite over STEPS of the COMMITS, except those measured before, and its page. MACHINE is the name of this machine
+# on the page, by default its host name.
 history: $(READY)
 	asv machine --yes $(if $(MACHINE),--machine '$(MACHINE)')
 	asv run --skip-existing-commits --steps $(STEPS) $(if $(MACHINE),--machine '$(MACHINE)') '$(COMMITS)'

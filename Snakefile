@@ -1,14 +1,14 @@
 """From a configuration to tables, figures and a report: problems, the grid's cells, studies, drawing.
 
 snakemake --cores all                                     config/default.yaml
-snakemake --cores all --configfile config/smoke.yaml      another one
-snakemake paper_figures --cores all                       the papers' figures and their studies alone: config/paper.yaml
-snakemake figures --cores all --config source=reference   a configuration's figures from committed tables alone
+snakemake --cores all --configfile config/smoke.yaml      another configuration
+snakemake paper_figures --cores all                       only the papers' figures and their studies: config/paper.yaml
+snakemake figures --cores all --config source=reference   a configuration's figures from committed tables only
 snakemake --cores all --config retry=failed               remeasure what failed, took too long or too much memory
 snakemake --report steps.html                             the results of a finished run, in one file
 snakemake --workflow-profile profiles/slurm               on a cluster
 
-Targets come before --configfile, which takes all following words as files.
+Targets come before --configfile, which takes all words after it as files.
 """
 
 import functools
@@ -33,7 +33,7 @@ min_version("9.0")
 report: "report/workflow.rst"
 
 
-# The run has its own line of progress. Snakemake's output, except errors, only goes to its log (.snakemake/log).
+# The run has its own progress line. Snakemake's output, except errors, goes only to its log (.snakemake/log).
 said = workflow.logger_manager.settings
 if not (said.dryrun or said.verbose or workflow.remote_exec):
     for handler in logger.handlers:
@@ -44,9 +44,9 @@ ROOT = Path(workflow.basedir)
 OWN_PATH = f'PATH={shlex.quote(os.path.dirname(sys.executable))}:"$PATH" '
 if DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method:
     OWN_PATH = ""
-# The steps of this run end when it does. The installed package may be another checkout than this one.
-# Steps use the Python that runs Snakemake, even if its environment is not activated, unless rules have their own.
-# Backends share a GPU and only start in measuring processes.
+# NTKBENCH_RUN: steps end when this run ends. PYTHONPATH: the installed package may be that of another checkout.
+# PATH: steps use the Python that runs Snakemake, even if its environment is not activated, unless rules have their own.
+# Backends share a GPU, and start only in measuring processes.
 shell.prefix(
     f"export NTKBENCH_RUN={os.getpid()} PYTHONPATH={shlex.quote(paths.python_path(ROOT))} PYTHONUTF8=1 "
     f"{OWN_PATH}"
@@ -64,7 +64,7 @@ if not WHOLE:
 def read(name):
     """The run of the command line's configuration, or of one in config/ if that is missing or only overrides values."""
     with errors.as_one_line():
-        # A run on a cluster starts on another machine than those that measure.
+        # On a cluster, this machine is not one of those that measure.
         here = workflow.resource_settings.nodes is None and not workflow.remote_exec
         # Read again, since Snakemake's own reader loses duplicate keys and line numbers.
         overrides = workflow.config_settings.config
@@ -81,7 +81,7 @@ def paper():
 
 
 def page_of_papers(wildcards):
-    """The page of the papers' figures. Its run must have its own folder, by which jobs know their run."""
+    """The page of the papers' figures. Its run must have its own folder, since the folder tells jobs their run."""
     made = paper()
     if made is not RUN and made.config.folder == RUN.config.folder:
         with errors.as_one_line():
@@ -164,7 +164,7 @@ wildcard_constraints:
     study=rf"(?!({TIMED})\.csv)\w+",
 
 
-# Timed steps have their machine to themselves: see `timer` in the profiles. On a cluster each node is one.
+# Timed steps have their machine to themselves: see `timer` in the profiles. On a cluster, each node is a machine.
 resource_scopes:
     timer="local",
 
@@ -276,7 +276,7 @@ rule table:
         "python -m ntkbench table {input:q} --config {params.config:q} --output {output:q} > {log:q} 2>&1"
 
 
-# A study without times; such studies may run at the same time.
+# A study without timings; such studies may run in parallel.
 rule study:
     output:
         report(

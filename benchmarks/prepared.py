@@ -1,7 +1,7 @@
 """asv's install step: a commit's package with the packages of an existing environment.
 
 ``python prepared.py ENVIRONMENT CHECKOUT``, run by the Python of asv's virtualenv. The package is copied, since asv may
-check out another commit without installing it; a .pth file names the copy and the packages of the environment.
+check out another commit without installing it. A .pth file names the copy and the packages of the environment.
 """
 
 import shutil

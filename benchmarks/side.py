@@ -1,8 +1,8 @@
 """One side of ``ntkbench compare-commits``: measures the history's cases with the ntkbench of one checkout.
 
-It reads requests and writes answers, a line of JSON each, on standard input and output. The label of a case forks a
-process for it, so that cases do not affect each other. That process answers ``[question, arguments]`` about the case
-until ``["end"]``. When it ends, for whatever reason, its exit status is the last answer.
+It reads requests from standard input and writes answers to standard output, a line of JSON each. The label of a case
+forks a process for it, so that cases do not affect each other. That process answers requests ``[question, *arguments]``
+about the case until ``["end"]``. When it ends, for whatever reason, its exit status is the last answer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from history import cases
 os.environ |= cases.ALONE
 requests = os.fdopen(os.dup(0), "rb", buffering=0)  # unbuffered, since forked processes continue reading
 answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-os.dup2(2, 1)  # other output is not an answer
+os.dup2(2, 1)  # other output goes to stderr
 
 
 def main() -> None:

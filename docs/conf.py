@@ -1,4 +1,4 @@
-"""Settings of Sphinx for `make docs`. The page of all methods is written here, before Sphinx reads the sources."""
+"""Settings of Sphinx for `make docs`. They also write the page of all methods, before Sphinx reads the sources."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ project, author = "ntkbench", "The ntkbench developers"
 copyright = f"2026, {author}"
 release = ntkbench.__version__
 
-# The last one brings MathJax with it, so that pages load nothing from elsewhere.
+# The last extension bundles MathJax, so that pages load nothing from elsewhere.
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
@@ -24,7 +24,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx-mathjax-offline",
 ]
-mathjax3_config = {"options": {"enableMenu": False}}  # its parts for speech would be loaded from elsewhere
+mathjax3_config = {"options": {"enableMenu": False}}  # its speech components would be loaded from elsewhere
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 

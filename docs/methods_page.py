@@ -1,4 +1,4 @@
-"""The page of all methods, written from what their classes say of themselves."""
+"""The page of all methods, written from the attributes and docstrings of their classes."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def linked(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """A docstring's text in Markdown, in which nothing but what stands between double backticks is markup."""
+    """A docstring's text in Markdown, in which only text between double backticks is markup."""
     text = re.sub(r":\w+:`~?([^`]*)`", r"``\1``", text)
     parts = re.split(r"``(.*?)``", text, flags=re.DOTALL)
     return "".join(

@@ -1,4 +1,4 @@
-"""Run all that needs a GPU: correctness checks of every path, large networks, and the suite's own measurements.
+"""Run everything that needs a GPU: correctness checks of every path, large networks, and the suite's own measurements.
 
     python scripts/gpu.py                            all parts, in less than nine minutes on one H100
     python scripts/gpu.py --parts correctness        one part
@@ -44,7 +44,7 @@ SECONDS = {"correctness": 240.0, "large": 240.0, "study": 480.0}
 TOLERANCE = 1e-3
 """Largest relative error of an exact method in the study."""
 RESTART = 3
-"""Exit status of a process of the first part that has lost the device."""
+"""Exit status of a process of the first part that lost the device."""
 ENVIRONMENT = {
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -67,7 +67,7 @@ def _installed(name: str) -> bool:
 
 
 def needs() -> dict[str, set[str]]:
-    """Packages that each part requires, and those that its JAX cases require in addition; names as in pip."""
+    """Packages that each part requires, and as ``JAX`` those that only the JAX cases require; names as in pip."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {name: _names(listed) for name, listed in project["optional-dependencies"].items()}
     library = _names(project["dependencies"])
@@ -110,13 +110,13 @@ def _output(*command: str) -> str:
 
 
 def run(commands: Sequence[Sequence[str]], seconds: float) -> bool:
-    """Run commands in parallel; returns whether all of them ended by themselves and without an error.
+    """Run commands in parallel; returns whether all of them ended in time and without an error.
 
     At the limit they are killed with all their children. A command that lost the device is started again.
 
     Args:
         commands: each a program with its arguments.
-        seconds: time limit of all.
+        seconds: time limit of all commands together.
     """
     end = time.monotonic() + seconds
     pending = {_started(command): command for command in commands}
@@ -236,7 +236,7 @@ def summary(part: str, done: bool, statuses: Iterable[str], file: Path) -> None:
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "results" / "gpu")
 @click.option("--time-limit", type=float, default=530.0, help="Seconds for all parts together.")
 def main(parts: str, tiny: bool, out: Path, time_limit: float) -> None:
-    """List the packages that are missing on this machine, and run the parts."""
+    """Print the packages that are missing on this machine, and run the parts."""
     begun, chosen = time.monotonic(), parts.split(",")
     if unknown := set(chosen) - set(SECONDS):
         raise click.BadParameter(f"unknown parts {', '.join(sorted(unknown))}; allowed: {', '.join(SECONDS)}")

@@ -1,6 +1,7 @@
 """Check every path on a device against float64 on the CPU: one row per case. Run by ``scripts/gpu.py``.
 
-python scripts/gpu_correctness.py cuda rows.jsonl          cases that are already in the file are left out
+python scripts/gpu_correctness.py rows.jsonl               on CUDA; cases that are already in the file are left out
+python scripts/gpu_correctness.py rows.jsonl --device cpu  on the CPU
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from ntkbench.problem import Problem
 
 PROBLEMS = ("digits_conv[N=4]", "digits_mlp[N=8]", "gru_hazelden[N=2,T=3]")
 HEADED = "transformer_tiny[N=2,T=3,V=20]"
-"""For methods that support none of these."""
+"""Problem for methods that support none of :data:`PROBLEMS`."""
 METRICS = {"alignment", "effective_rank"}
-"""Between them these take all moments of Theta. A method that gives neither is checked on one that it gives."""
+"""Together these use all moments of Theta. A method that gives neither is checked on one that it gives."""
 PASSES = 400
 """Budget of a stochastic method."""
 STANDARD_ERRORS = 6
@@ -42,10 +43,10 @@ STANDARD_ERRORS = 6
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
 """Tolerance of relative errors of metrics and kernels."""
 TOLERANCE_OF_PRODUCTS = {"float32": 1e-5, "float64": 1e-12}
-"""The same for products with J, in the Frobenius norm. Errors of TF32 are about 3e-4, and do not pass."""
+"""The same for products with J, in the Frobenius norm. Errors of TF32, about 3e-4, do not pass."""
 CPU = Target("torch", "float64", "cpu")
 DEVICE_LOST = 3
-"""Exit status after a CUDA error that only a new process can recover from."""
+"""Exit status after a CUDA error from which only a new process recovers."""
 
 
 class Finding(NamedTuple):
@@ -145,9 +146,9 @@ def trusted(estimate: Estimate, exact: float) -> Finding:
 
 
 def products(label: str, target: Target) -> Finding:
-    """J^T u and J w for the same random u and w on both devices, entry by entry."""
+    """J^T u and J w for the same random u and w on both devices, in the Frobenius norm."""
     problem = problems.load(label)
-    # JAX sorts parameters by name; sorted, they are in the same order in both.
+    # JAX sorts parameters by name, so sort them for both.
     problem = dataclasses.replace(problem, theta_0=dict(sorted(problem.theta_0.items())))
     there, here = (operators.linearise(problem, "theta_0", t) for t in (target, CPU))
     findings = []
@@ -164,17 +165,17 @@ def _on_host(array: Any) -> Tensor:
 
 
 def of_method(method: Method, metric: str, label: str, target: Target) -> Finding:
-    """A method on the device: exact, as approximate as on the CPU, or within its error; a seed gives one number.
+    """A method on the device: exact, equal to its approximation on the CPU, or within its error; reproducible.
 
     Raises:
-        ArithmeticError: two calls gave different numbers.
+        ArithmeticError: two calls with one seed gave different numbers.
     """
     passes = PASSES if method.takes_passes else None
     prepared = method.prepare(problems.load(label), target)
     first, second = (method.estimate(prepared, metric, passes, seed=0) for _ in range(2))
     if not near(second.value, first.value, TOLERANCE["float32"]).error <= TOLERANCE["float32"]:
         raise ArithmeticError(f"the same seed gave {first.value:.9g} and {second.value:.9g}")
-    exact = "naive_jacobian" if metric in METRICS else "structured_derivatives"  # which has all of the kernel
+    exact = "naive_jacobian" if metric in METRICS else "structured_derivatives"  # gives metrics of the whole kernel
     return trusted(first, _on_cpu(method.name if method.kind == "approximate" else exact, metric, label))
 
 
@@ -198,7 +199,7 @@ def _trace(problem: Problem, target: Target) -> float:
 
 
 TOO_MANY = 700_001
-"""Outputs whose Theta, of 1.8 TiB in float32, no device holds. A power of two makes XLA divide by zero and die."""
+"""Outputs whose Theta, 1.8 TiB in float32, no device holds. A power of two makes XLA divide by zero and die."""
 
 
 def out_of_memory(target: Target) -> Finding:
@@ -217,10 +218,10 @@ def out_of_memory(target: Target) -> Finding:
 
 
 def peak(target: Target) -> Finding:
-    """The allocator's peak is at least the memory that is known to have been held.
+    """The allocator's peak is at least the memory that was certainly held.
 
     Raises:
-        Unavailable: nothing counts on the CPU.
+        Unavailable: the device is the CPU, whose allocator does not count.
     """
     _trace(linear(4096, 1), target)
     found, held = operators.device_memory(target), 4096**2 * target.itemsize
@@ -244,11 +245,11 @@ def memory_left(target: Target) -> Finding:
 
 
 WITH_KERNEL = ("convolutions", "transformer")
-"""Networks that :func:`ntkbench.ntk` takes: samples do not interact, and one tensor is returned."""
+"""Networks that :func:`ntkbench.ntk` accepts: samples do not interact, and the output is one tensor."""
 
 
 def networks() -> dict[str, tuple[nn.Module, nn.Module, Tensor]]:
-    """Networks such as users have: two sets of weights each, and inputs."""
+    """Networks like those of users, each at two sets of weights, with inputs."""
 
     def convolutions() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 5))
@@ -272,7 +273,7 @@ def networks() -> dict[str, tuple[nn.Module, nn.Module, Tensor]]:
 def of_api(
     function: str, model: nn.Module, model_f: nn.Module, x: Tensor, place: str, options: dict[str, Any]
 ) -> Finding:
-    """A public function on a model that lies on the device; of several metrics the one that is furthest off."""
+    """A public function on a model on the device; of several metrics, the one furthest off."""
 
     def call(place: str, **options: Any) -> dict[str, Estimate]:
         first, last = (copy.deepcopy(network).to(place) for network in (model, model_f))
@@ -285,10 +286,10 @@ def of_api(
 
 
 def of_ntk(model: nn.Module, x: Tensor, place: str) -> Finding:
-    """The whole kernel, entry by entry, on the device of the model.
+    """The whole kernel on the model's device, in the Frobenius norm.
 
     Raises:
-        RuntimeError: it lies elsewhere.
+        RuntimeError: the kernel is on another device.
     """
     found = ntkbench.ntk(copy.deepcopy(model).to(place), x.to(place))
     if found.device != x.to(place).device:
@@ -298,7 +299,7 @@ def of_ntk(model: nn.Module, x: Tensor, place: str) -> Finding:
 
 
 def row(case: Case) -> dict[str, Any]:
-    """Check a case, whatever happens: status and reason as elsewhere in the suite, ``failed`` for a wrong number."""
+    """Check a case and return its row, also if it fails: status and reason as in the suite, ``failed`` if wrong."""
     start = time.perf_counter()
     try:
         finding = case.check()

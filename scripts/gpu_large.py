@@ -4,9 +4,9 @@ python scripts/gpu_large.py rows.jsonl                     all cases on CUDA
 python scripts/gpu_large.py rows.jsonl --cases GPT-2       those whose names contain this
 
 The limit of a case is its floating-point operations, as torch counts them in a call, over the peak rate of the device.
-A case that fails is a row with its reason, and the next one runs. All cases begin as rows that say that they were not
-measured; of two rows of a case the later one counts. With ``--profile`` the operations that take longest are written to
-a file.
+A case that fails has a row with the reason, and the next one runs. At first, a row is written for each case that says
+that it was not measured; of two rows of a case, the later one counts. With ``--profile``, the operations that take
+longest are written to a file.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from ntkbench.studies.base import programs
 from ntkbench.studies.base.computations import COMPUTATIONS
 
 PEAK = {"float32": 67e12, "tf32": 495e12}
-"""Operations per second of an H100 (SXM) outside its matrix units, and in them in TF32; NVIDIA's data sheet."""
+"""Operations per second of an H100 (SXM) outside its tensor cores, and in them in TF32; NVIDIA's data sheet."""
 CALLS = 3
-"""Timed calls of each, in turn, after the first call."""
+"""Timed calls of each computation, in turn, after the first call."""
 CUT = outcomes.Outcome(outcomes.TIMEOUT, "not measured: the cases were stopped first, by their time limit or an error")
 """Outcome of a case that the process did not reach or did not finish."""
 
@@ -92,7 +92,7 @@ TINY = Sizes(
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    """All cases, those whose rivals take long to compile last."""
+    """All cases; those whose rivals take long to compile come last."""
     target = Target("torch", "float32", sizes.device, sizes.memory)
     for name, (H, N, T) in (("state", sizes.recurrent), ("blog", sizes.blog)):
         problem = _recurrent(H, N, T)
@@ -176,7 +176,7 @@ def _gpt2(sizes: Sizes, tf32: bool) -> Call:
 
 
 def row(case: Case, sizes: Sizes, profiles: Path | None) -> dict[str, Any]:
-    """Time a case and its rivals, whatever happens."""
+    """Time a case and its rivals and return the row, also if the case fails."""
     try:
         return {**_about(case, sizes), **_measured(case, sizes, profiles), **outcomes.Outcome(outcomes.OK).columns()}
     except Exception as error:
@@ -200,7 +200,7 @@ def _measured(case: Case, sizes: Sizes, profiles: Path | None) -> dict[str, Any]
         torch.cuda.reset_peak_memory_stats()
     first = timing.timed(call, 0)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
-    operations = _operations(call)  # before anything is recorded: what is replayed cannot be counted
+    operations = _operations(call)  # before calls are recorded, since replayed operations are not counted
     calls, reasons, values = {case.name: call}, {}, {}
     for name, make in case.rivals.items():
         try:
@@ -257,7 +257,7 @@ def _profile(call: Call, on_gpu: bool) -> str:
 @click.option("--profile", "profiles", type=click.Path(path_type=Path, dir_okay=False), help="File of profiles.")
 @click.option("--cases", "wanted", default="", help="Part of the names of the cases to run.")
 def main(file: Path, tiny: bool, profiles: Path | None, wanted: str) -> None:
-    """Time the cases and write their rows; each has one that says that it was not measured until it was."""
+    """Time the cases and write their rows, after rows that say that they were not measured."""
     sizes = TINY if tiny else FULL
     chosen = [case for case in cases(sizes) if wanted in case.name]
     with file.open("a", encoding="utf-8") as rows:

@@ -1,4 +1,4 @@
-"""Kernels, metrics, a spectrum and a solution by an installed ntkbench with its declared dependencies alone."""
+"""Kernels, metrics, a spectrum and a solution by an installed ntkbench with only its declared dependencies."""
 
 from __future__ import annotations
 

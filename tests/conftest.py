@@ -1,4 +1,4 @@
-"""What the tests share: a cache of their own, no network, small problems, and J written out by plain autograd."""
+"""Shared fixtures: a separate cache, no network access, small problems, and explicit Jacobians by plain autograd."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Problems this small gain nothing from threads, and lose a lot where other processes want the cores: idle threads of
-# OpenMP spin. It is read when numpy and torch are first imported.
+# Problems this small gain nothing from threads, and idle OpenMP threads spin on cores that other processes need. The
+# variable is read when numpy and torch are first imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
@@ -29,33 +29,33 @@ from ntkbench.problem import Problem
 settings.register_profile("ntkbench", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("ntkbench")
 
-# Most of a JAX test is compilation; what is optimised there matters to speed alone.
+# JAX tests spend most of their time compiling; XLA's optimisations only affect speed.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-# A shell that starts the tests in the background has them, and the processes that they start, ignore an interrupt.
+# A shell that starts the tests in the background makes them and their child processes ignore SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 written_out, metrics_of = testing.explicit_jacobian, testing.metrics_of
 
 SMALL = ("tanh_net", "digits_conv[N=3]", "gru_hazelden[N=2,T=2]", "mlp_hazelden[N=2]")
-"""Problems that are small enough to write J out, one of each family."""
+"""Problems small enough for an explicit J, one of each family."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that the processes that share the tests end together."""
+    """Put the longest files first, so that parallel workers finish together."""
     longest = ("test_kills.py", "test_misbehaviour.py", "test_pipeline.py")
     items.sort(key=lambda item: item.path.name not in longest)
 
 
 def mostly_slow(cases: Iterable[Any], quick: int) -> list[Any]:
-    """Parameters of a test; all but the first few of them are left out of the quick tests."""
+    """Parameters of a test; all but the first ``quick`` of them are marked slow."""
     every = [case if isinstance(case, tuple) else (case,) for case in cases]
     return [pytest.param(*case, marks=pytest.mark.slow if i >= quick else ()) for i, case in enumerate(every)]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of this session's own, so that nothing left over from before can make a test pass."""
+    """A cache for this session alone, so that files left by earlier runs cannot make a test pass."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("NTKBENCH_CACHE", str(folder))
@@ -64,7 +64,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module", autouse=True)
 def processors() -> Iterator[None]:
-    """Those that the process had: a study with one thread keeps it to one, and other files need two."""
+    """Restore the CPU affinity: a study with one thread pins the process to one core, and other files need two."""
     if not hasattr(os, "sched_getaffinity"):  # macOS
         yield
         return
@@ -96,13 +96,16 @@ NETWORKS = {
     "wide_headed": (40, 6, 3, 8),
     "active": (40, 6, 400, 2),
 }
-"""Smooth problems that only the tests have: 6 x 26, and 320 x 158 for what needs many more outputs than probes; as many
-samples for methods that need a head with more outputs than inputs; and activations that take more memory than Theta."""
+"""Smooth problems that only the tests have: N, inputs, hidden units and outputs of each.
+
+J is 6 x 26 for ``tanh_net``, and 320 x 158 for ``wide``, where tests need many more outputs than probes. ``headed`` and
+``wide_headed`` have a head with more outputs than inputs. Activations of ``active`` take more memory than Theta.
+"""
 
 
 @functools.cache
 def loaded(label: str) -> Problem:
-    """A problem from its label, :data:`NETWORKS` included; built once a session."""
+    """A problem by its label, :data:`NETWORKS` included; built once per session."""
     return testing.smooth_problem(label, *NETWORKS[label]) if label in NETWORKS else problems.load(label)
 
 
@@ -125,12 +128,12 @@ def _dense(label: str, end: str) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def dense() -> Callable[[str, str], np.ndarray]:
-    """J of a problem of a label at an end, in float64."""
+    """J by the label of a problem and the parameter set, in float64."""
     return _dense
 
 
 def checkout(folder: Path) -> Path:
-    """A copy of what a run needs, whose files a test may change; the reference is the original one."""
+    """A copy of what a run needs, whose files a test may change; ``results/reference`` links to the original."""
     for name in ("src", "benchmarks", "config", "profiles", "report"):
         shutil.copytree(paths.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("Snakefile", "environment.yml", "environment.post-deploy.sh"):
@@ -141,7 +144,7 @@ def checkout(folder: Path) -> Path:
 
 
 def snakemake(folder: Path, *arguments: str, root: Path = paths.ROOT, **options: Any) -> subprocess.Popen[str]:
-    """The pipeline of a checkout, begun in a folder of its own, by a program whose environment is not activated."""
+    """Start the pipeline of a checkout in a folder of its own, with an environment that is not activated."""
     tools = Path(sys.executable).parent
     path = os.pathsep.join(each for each in os.environ["PATH"].split(os.pathsep) if Path(each) != tools)
     environment = os.environ | {"PATH": path, "PYTHONPATH": paths.python_path(root)}
@@ -153,14 +156,14 @@ def snakemake(folder: Path, *arguments: str, root: Path = paths.ROOT, **options:
 
 
 def run_snakemake(folder: Path, *arguments: str, root: Path = paths.ROOT) -> tuple[int, str, str]:
-    """Exit status and what was said by a run from start to end."""
+    """Exit status, stdout and stderr of a run of the pipeline."""
     process = snakemake(folder, *arguments, root=root)
     out, err = process.communicate(timeout=900)
     return process.returncode, out, err
 
 
 class Squared(torch.autograd.Function):
-    """A function of the user's own, which has no forward mode."""
+    """A custom autograd function without forward mode."""
 
     generate_vmap_rule = True
 

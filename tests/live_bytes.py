@@ -1,4 +1,4 @@
-"""The peak of all tensors that a computation makes and holds at one time."""
+"""Peak memory of the tensors that a computation allocates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations inside make, without those that were there before.
+    """Bytes of the storages that operations inside the context allocate, without those that existed before.
 
     Attributes:
         now: bytes of the storages that still exist.
@@ -26,7 +26,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for storage in self._storages((args, kwargs)):
-            self._known.setdefault(storage._cdata, 0)  # not made here
+            self._known.setdefault(storage._cdata, 0)  # allocated before
         made = function(*args, **(kwargs or {}))
         for storage in self._storages(made):
             if storage._cdata not in self._known:

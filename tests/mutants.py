@@ -26,10 +26,10 @@ class Mutant(NamedTuple):
 
     Attributes:
         name: unique.
-        file: path below the root.
+        file: path relative to the root.
         source: text that occurs in the file exactly once.
-        replacement: what it is replaced by.
-        tests: test functions, as pytest names them, of which at least one must fail.
+        replacement: text that replaces it.
+        tests: node ids of test functions, of which at least one must fail.
         why: what would be wrong.
     """
 
@@ -75,12 +75,12 @@ def copy_tree(root: Path) -> None:
 
 
 def tests_pass(root: Path, tests: Sequence[str]) -> bool:
-    """Whether tests pass in a tree; tests that do not end in time do not.
+    """Whether tests pass in a tree; a timeout counts as a failure.
 
     Raises:
         RuntimeError: the tests could not be run.
     """
-    # Bytecode is recognised by its second and size, which a mutant may share with the original.
+    # Cached bytecode is matched by the source's size and time in seconds, which a mutant may share with the original.
     environment = os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "--durations=0", *tests]
     try:
@@ -95,7 +95,7 @@ def tests_pass(root: Path, tests: Sequence[str]) -> bool:
 
 
 def main(names: Sequence[str]) -> int:
-    """Run the mutants of these names, or all; the exit status."""
+    """Run the mutants of these names, or all; returns the exit status."""
     mutants = [mutant for mutant in read() if not names or mutant.name in names]
     if missing := set(names) - {mutant.name for mutant in mutants}:
         print(f"no such mutant: {', '.join(sorted(missing))}", file=sys.stderr)

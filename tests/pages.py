@@ -1,4 +1,4 @@
-"""Pages of documentation: their blocks of code, and how these run."""
+"""Documentation pages: their code blocks, and how to run them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def blocks(page: Path) -> list[str]:
 
 
 def run(page: Path, names: dict[str, Any]) -> str:
-    """Run the examples of a page in turn, with names in common; what is not as the page has it, empty if all is."""
+    """Run the examples of a page in order with common names; returns the reports of failures, empty if all pass."""
     said: list[str] = []
     runner = doctest.DocTestRunner(optionflags=FLAGS)
     parser = doctest.DocTestParser()

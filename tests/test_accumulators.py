@@ -1,4 +1,4 @@
-"""Accumulators and their U-statistics, on small arrays: every branch that a size decides."""
+"""Accumulators and their U-statistics on small arrays: every branch that depends on a size."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_gram_matrix_by_its_lower_triangle_is_the_gram_matrix(rows, chunks, mi
 
 
 class Fixture:
-    """Probes of normal vectors, a number of them drawn in advance, as the vectors of two networks."""
+    """Normal vectors of two networks for a number of probes, drawn in advance."""
 
     def __init__(
         self, memory: int = 2**30, probes: int = 40, dim: int = DIM, strata: int = STRATA, uneven: bool = False
@@ -75,7 +75,7 @@ class Fixture:
         return UStatistics(moments, self.strata, self.dim, jacobians, self.sign, self.of, **sizes)
 
     def by_hand(self, probes: slice) -> np.ndarray:
-        """The four moments from pairs of some probes, by the definition."""
+        """The four moments over pairs of some probes, by their definition."""
         w, f = (each[probes] for each in self.vectors)
         sums = np.zeros(4)
         sums[0] = (w**2).sum() / len(w)
@@ -87,7 +87,7 @@ class Fixture:
 
 
 @pytest.mark.parametrize("batches", [(8,), (1, 2, 5), (4, 4), (6, 1, 1)])
-def test_moments_are_those_of_the_definition_however_probes_are_drawn(batches):
+def test_moments_match_their_definition_for_any_batches(batches):
     fixture = Fixture()
     accumulator = fixture.accumulator()
     for k in batches:
@@ -96,7 +96,7 @@ def test_moments_are_those_of_the_definition_however_probes_are_drawn(batches):
 
 
 @pytest.mark.parametrize(("moments", "rows"), [(("trace",), [0]), (("square",), [1]), (MOMENTS[1:], [1, 2, 3])])
-def test_any_moments_are_given_in_their_order(moments, rows):
+def test_any_subset_of_moments_keeps_its_order(moments, rows):
     fixture = Fixture()
     accumulator = fixture.accumulator(moments)
     accumulator.extend(6)
@@ -117,7 +117,7 @@ def test_any_moments_are_given_in_their_order(moments, rows):
     ],
 )
 def test_probes_beyond_the_size_of_a_group_form_further_groups(min_group, batches, groups):
-    """With at most 4 probes in a group; the mean weights groups by their probes."""
+    """With at most 4 probes in a group; groups are weighted by their number of probes."""
     fixture = Fixture()
     accumulator = fixture.accumulator(min_group=min_group, max_vectors=4 * STRATA)
     assert accumulator.max_group == 4
@@ -128,7 +128,7 @@ def test_probes_beyond_the_size_of_a_group_form_further_groups(min_group, batche
     assert accumulator.moments().means == pytest.approx(expected, rel=1e-12)
 
 
-def test_few_vectors_at_a_time_are_as_good_as_all():
+def test_moments_do_not_depend_on_the_chunk_size():
     """The sums over a group run by chunks of strata whose number depends on ``max_vectors``."""
     found = []
     for max_vectors in (4 * STRATA, 2048):
@@ -142,7 +142,7 @@ def test_few_vectors_at_a_time_are_as_good_as_all():
 @pytest.mark.parametrize("strata", [1, 2])
 @pytest.mark.parametrize("dim", [3, 2000])
 def test_what_does_not_fit_is_processed_in_chunks(dim, strata):
-    """Moments, their covariance and notes are those of tables that are kept; long vectors are computed again."""
+    """Moments, their covariance and notes are those of tables that are kept; long vectors are recomputed."""
     kept = Fixture(dim=dim, uneven=True)
     reference = kept.accumulator()
     reference.extend(5)
@@ -166,15 +166,15 @@ def test_what_does_not_fit_is_processed_in_chunks(dim, strata):
 @pytest.mark.parametrize("moments", [("trace", "square"), MOMENTS])
 @pytest.mark.parametrize(("strata", "dim"), [(1, 20_000), (30, 3), (30, 500)])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 1.0, 4.0])
-def test_no_more_memory_is_taken_than_is_allowed(strata, dim, moments, batches, share):
-    """Down to the smallest amount that is said to be needed; what NumPy allocates is counted."""
+def test_memory_stays_within_the_budget(strata, dim, moments, batches, share):
+    """Down to the stated minimum; NumPy's allocations are counted."""
     operators = 1 if moments == MOMENTS[:2] else 2
     sizes = PairBytes(strata, operators, len(moments) - 1, 8, dim)
     memory = max(sizes.least(), int(share * sizes.whole(8)))
     fixture = Fixture(memory, dim=dim, strata=strata)
     accumulator = fixture.accumulator(moments, operators=operators)
     factor = accumulator.recompute_factor
-    few = Fixture().accumulator()  # imports what it uses
+    few = Fixture().accumulator()  # so that imports are not counted
     few.extend(4)
     few.moments()
     tracemalloc.start()
@@ -216,7 +216,7 @@ def test_the_kernel_of_crossed_networks_takes_inner_products_between_them():
 
 
 def test_the_delta_method_scales_with_the_slope():
-    """sqrt has the slope 1 / (2 sqrt), and a trace of slope 1 its own standard error."""
+    """sqrt has the slope 1 / (2 sqrt), and a trace has slope 1."""
     estimates = standard_errors.MomentEstimates(
         np.array([3.0, 16.0]), np.diag([0.04, 0.5]), np.diag([0.0, 0.14]), np.zeros((2, 2)), 7
     )
@@ -224,5 +224,5 @@ def test_the_delta_method_scales_with_the_slope():
     assert accumulators.delta_method("trace", names, estimates) == pytest.approx((3.0, 0.2, 7))
     assert accumulators.delta_method("norm", names, estimates) == pytest.approx((4.0, 0.8 / 8, 7))
     value, error, _ = accumulators.delta_method("effective_rank", names, estimates)
-    assert value == pytest.approx(9 / 16 * (1 - 0.04 / 9 - 0.64 / 256), rel=1e-6)  # without its bias of second order
+    assert value == pytest.approx(9 / 16 * (1 - 0.04 / 9 - 0.64 / 256), rel=1e-6)  # without its second-order bias
     assert error == pytest.approx(np.hypot(0.2 * 6 / 16, 0.8 * 9 / 256))

@@ -1,4 +1,4 @@
-"""A function in a process of its own: what it finds is passed on, wherever the system can fork or not."""
+"""Functions in a separate process: results are passed back, whether or not the system can fork."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def killed() -> dict[str, object]:
 
 @pytest.fixture(params=["fork", "spawn"])
 def method(request, monkeypatch):
-    """How processes are started: on Linux, and on a system that cannot fork."""
+    """The start method of processes: on Linux, and on a system that cannot fork."""
     if request.param == "spawn":
         monkeypatch.delitem(multiprocessing.context._concrete_contexts, "fork")
     return request.param
@@ -37,14 +37,14 @@ def test_processes_are_forked_where_that_is_possible(method):
     assert ambient.processes().get_start_method() == method
 
 
-def test_a_function_has_a_process_of_its_own(method, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "PLACE", "here")  # a fork finds it, a new process does not
+def test_a_function_runs_in_its_own_process(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PLACE", "here")  # a fork inherits it, a new process does not
     row = apart.run(found, (3,), Limits(), 1, tmp_path / "part")
     assert row == {"status": "ok", "reason": "", "square": 9, "place": "here" if method == "fork" else "fresh"}
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_that_is_killed_is_tried_once_more(method, tmp_path, monkeypatch):
+def test_a_killed_process_is_retried_once(method, tmp_path, monkeypatch):
     tried = []
     once = apart._once
     monkeypatch.setattr(apart, "_once", lambda *given: tried.append(1) or once(*given))

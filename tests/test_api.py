@@ -1,4 +1,4 @@
-"""The public functions against J written out by plain autograd."""
+"""The public functions against an explicit J by plain autograd."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METRICS = ("trace", "norm", "effective_rank")
 
 
 def jacobian(model: nn.Module, x: torch.Tensor) -> np.ndarray:
-    """J of the model as it is, in float64, in the mode it is in."""
+    """J of the model in float64, in its current mode."""
     net = copy.deepcopy(model).double()
     theta = [w for w in net.parameters() if w.requires_grad]
     outputs = net(x.double() if x.is_floating_point() else x).reshape(-1)
@@ -59,7 +59,7 @@ def test_importing_ntkbench_loads_no_backend():
     assert done.stdout.strip() == "[]"
 
 
-def test_every_public_name_is_there():
+def test_every_public_name_exists_and_has_a_docstring():
     assert set(ntkbench.__all__) <= set(dir(ntkbench))
     for name in ntkbench.__all__:
         assert getattr(ntkbench, name).__doc__
@@ -179,7 +179,7 @@ def test_tied_parameters_count_once():
             assert value == pytest.approx(truth(model, X)["norm"], rel=1e-4 if dtype == "float32" else 1e-9)
 
 
-def test_precision_is_that_of_the_parameters_if_not_given(monkeypatch):
+def test_precision_defaults_to_that_of_the_parameters(monkeypatch):
     seen = []
     method = type(methods.get("direct"))
     estimate = method.estimate
@@ -190,7 +190,7 @@ def test_precision_is_that_of_the_parameters_if_not_given(monkeypatch):
     assert {(target.backend, target.device, target.memory) for target in seen} == {("torch", "cpu", 12345)}
 
 
-def test_half_precision_models_need_a_precision_to_compute_in():
+def test_half_precision_models_need_a_dtype():
     model = net().bfloat16()
     with pytest.raises(ntkbench.BadInput, match=r"parameters are bfloat16; .* dtype='float32' or 'float64'"):
         ntkbench.trace(model, X)
@@ -202,7 +202,7 @@ def test_half_precision_models_need_a_precision_to_compute_in():
         ntkbench.trace(mixed, X)
 
 
-def test_later_training_changes_nothing_that_was_wrapped():
+def test_later_training_does_not_change_wrapped_problems():
     model = net()
     problem = ntkbench.from_module(model, X)
     digest, weights = problem.digest(), {key: w.copy() for key, w in problem.theta_0.items()}
@@ -247,7 +247,7 @@ class Neighbours(nn.Module):
 
 
 class Pairs(nn.Module):
-    """Takes two samples at a time and no other number."""
+    """Processes samples in pairs, and fails for an odd number."""
 
     def __init__(self):
         super().__init__()
@@ -280,7 +280,7 @@ def test_whether_samples_interact_is_measured(model, x, interact):
         assert value == pytest.approx(truth(model, x)["norm"], rel=1e-9)
 
 
-def test_wrapping_says_what_it_wraps():
+def test_wrapped_problems_describe_their_network():
     problem = ntkbench.from_module(net(), X.double(), net(1), name="mine")
     assert (problem.name, problem.N, problem.O, problem.P) == ("mine", 6, 3, 43)
     assert problem.x.dtype == np.float32
@@ -331,10 +331,10 @@ def test_auto_reports_its_method_and_stays_within_its_budget():
     assert estimate.standard_error <= 1e-6 * estimate.value
     assert ntkbench.trace(model, x, passes=99).passes == 70  # exact for less than the budget
     assert ntkbench.norm(model, x, passes=41).passes == 41
-    assert ntkbench.norm(model, x, passes=10, memory=1).method == "hutchinson"  # gradients would be made 3.5 times
+    assert ntkbench.norm(model, x, passes=10, memory=1).method == "hutchinson"  # gradients would be computed 3.5 times
 
 
-def test_auto_writes_jacobians_out_for_few_interacting_samples():
+def test_auto_uses_explicit_jacobians_for_few_interacting_samples():
     model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
     assert ntkbench.norm(model, X).method == "batched_jacobian"
     assert ntkbench.norm(model, X.repeat(5, 1)).passes == 21  # by columns: fewer parameters than outputs
@@ -349,7 +349,7 @@ def bad(says: str, call, id: str | None = None):
 
 
 class Raw(nn.Module):
-    """Returns whatever it is told to."""
+    """Returns a given function of its outputs."""
 
     def __init__(self, returns):
         super().__init__()
@@ -449,13 +449,13 @@ class Raw(nn.Module):
         ),
     ],
 )
-def test_what_cannot_be_done_is_said(says, call):
+def test_invalid_calls_are_refused_with_the_reason(says, call):
     with pytest.raises(ntkbench.BadInput, match=says):
         call()
 
 
 def unsettled() -> nn.Linear:
-    """A layer whose spectral norm is not known yet, so that every call moves its estimate of it."""
+    """A layer whose estimate of the spectral norm has not converged, so that every call changes it."""
     layer = seeded(lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)))
     layer.parametrizations.weight.original.data = seeded(lambda: torch.randn(3, 4), seed=1)
     return layer
@@ -483,7 +483,7 @@ class Unmoved(nn.Module):
 
 @pytest.mark.parametrize("method", ["auto", "direct", "hutchpp", "sample_subset", "structured_block_u_statistics"])
 def test_a_kernel_of_zero_has_a_norm_and_no_effective_rank(method):
-    """A parameter that moves no output: what is defined comes out as zero, and what is not is said."""
+    """A parameter that no output depends on: the norm is zero, and the effective rank is refused as undefined."""
     model = Unmoved()
     options = {} if method in ("auto", "direct") else {"passes": 400}
     norm = ntkbench.norm(model, torch.randn(6, 4), method=method, **options)
@@ -498,7 +498,7 @@ def test_an_absent_gpu_is_reported(monkeypatch):
         ntkbench.trace(net(), X, device="cuda")
 
 
-def test_what_cannot_be_done_in_blocks_must_fit(monkeypatch):
+def test_methods_without_blocks_must_fit_in_memory(monkeypatch):
     monkeypatch.setattr(type(methods.get("direct")), "bytes_needed", lambda *args: 1000, raising=False)
     with pytest.raises(ntkbench.OverMemory, match="direct needs 1000 bytes at once for the trace; memory is 999"):
         ntkbench.trace(net(), X, method="direct", memory=999)
@@ -519,7 +519,7 @@ def test_an_estimate_prints_its_interval_and_cost():
 
 
 def test_intervals_are_symmetric_on_the_scale_of_the_metric():
-    """Student's t with the error's degrees of freedom; factors for what is positive, Fisher's z for a correlation."""
+    """Student's t with the error's degrees of freedom; logarithms of positive metrics, and Fisher's z of alignments."""
 
     def estimate(metric: str, value: float, degrees: float = math.inf, error: float = 0.1) -> ntkbench.Estimate:
         return ntkbench.Estimate(value, error, 8, "some_method", metric=metric, degrees=degrees)
@@ -539,7 +539,7 @@ def test_intervals_are_symmetric_on_the_scale_of_the_metric():
         == pytest.approx(0.27764 / 0.19, abs=1e-3)
     )
     assert -1 < low < high < 1
-    # What no kernel has is replaced by the nearest value that one has.
+    # A value outside the metric's range is replaced by the nearest value in it.
     assert estimate("alignment", 1.05).interval() == pytest.approx((1 - 0.196, 1), abs=1e-4)
     assert estimate("trace", -1.0).interval() == pytest.approx((0, 0.196), abs=1e-4)
     assert estimate("trace", 1.0, 0).interval() == (-math.inf, math.inf)

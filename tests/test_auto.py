@@ -26,9 +26,9 @@ MARGIN = 1.5
 CHEAPER = 1.1
 """Ratio of passes that counts as a difference; methods round budgets down."""
 STEPS = 1.25
-"""The same on the way to a tolerance, where exact values may come after some probes."""
+"""The same for runs to a tolerance, where an exact value may follow some probes."""
 EQUAL = 2.5
-"""Ratio of errors at equal passes: nothing is known about the spectrum when a method is chosen."""
+"""Largest ratio of errors at equal passes: the spectrum is not known when a method is chosen."""
 ROUNDING = 1e-9
 
 
@@ -65,11 +65,11 @@ def moved(model):
 
 
 class Runs(NamedTuple):
-    """What a method gives over seeds.
+    """Results of a method over seeds.
 
     Attributes:
         error: root mean square of the relative errors.
-        passes: their mean.
+        passes: mean number of passes.
         reached: whether every interval is within the tolerance, if there is one.
     """
 
@@ -80,7 +80,7 @@ class Runs(NamedTuple):
 
 @functools.cache
 def case(name):
-    """A network as a kernel, its other weights, and its metrics from J written out."""
+    """A network as a kernel, its other weights, and its exact metrics."""
     model, x = NETWORKS[name]()
     kernel, other = ntkbench.Kernel(model, x), moved(model)
     return kernel, other, {key: float(each) for key, each in kernel.metrics(other, method="direct").items()}
@@ -104,14 +104,14 @@ def arguments(other, metric):
 
 
 def cheapest(kernel, other, metric):
-    """The passes of the exact method that takes the fewest."""
+    """The fewest passes of an exact method."""
     weights = {key: w.numpy() for key, w in other.items()}
     problem = dataclasses.replace(kernel.problem, theta_f=weights)
     return min(ladder.exact_methods(problem, metric, TARGET).values())
 
 
 def dominated(ours, rival, ratio):
-    """Costlier on the mean over seeds, and less accurate or not within a tolerance that the rival reaches."""
+    """Whether a result costs more on average, and is less accurate or misses a tolerance that the rival reaches."""
     worse = ours.error > MARGIN * rival.error + ROUNDING or (rival.reached and not ours.reached)
     return ours.passes > ratio * rival.passes and worse
 
@@ -126,7 +126,7 @@ def test_auto_is_never_both_less_accurate_and_costlier_than_another_method(name,
         if ours.error < ROUNDING and ours.reached:
             continue  # nothing is more accurate
         for method in rivals:
-            with contextlib.suppress(NtkbenchError):  # it does not serve here
+            with contextlib.suppress(NtkbenchError):  # it does not apply here
                 wanted = rtol if method.takes_passes else None
                 rival = runs(name, metric, 1 if wanted is None else SEEDS, wanted, method=method.name)
                 if method.takes_passes and wanted is None and ours.passes > ratio * rival.passes:
@@ -149,7 +149,7 @@ SKETCHED = pytest.mark.xfail(
 )
 @pytest.mark.slow
 def test_at_equal_passes_no_other_method_is_much_more_accurate(name, metric):
-    """With a budget that the exact value just exceeds."""
+    """With a budget just below the passes of the exact value."""
     kernel, other, _ = case(name)
     compared = 0
     budget = int(cheapest(kernel, other, metric)) - 1
@@ -157,7 +157,7 @@ def test_at_equal_passes_no_other_method_is_much_more_accurate(name, metric):
     assert ours.passes <= budget
     for method in map(methods.get, methods.names()):
         if method.kind == "stochastic" and "torch" in method.backends:
-            with contextlib.suppress(NtkbenchError):  # it does not serve here
+            with contextlib.suppress(NtkbenchError):  # it does not apply here
                 rival = runs(name, metric, passes=budget, method=method.name)
                 compared += 1
                 assert ours.error <= EQUAL * rival.error + ROUNDING, (method.name, ours, rival)
@@ -176,7 +176,7 @@ def test_a_default_never_takes_more_passes_than_the_exact_value(name, metric):
 @pytest.mark.parametrize("rtol", [0.3, 0.05, 0.001])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_tolerance_never_takes_many_more_passes_than_the_exact_value(name, rtol, metric):
-    """A run that turns exact has had its first look, and then as many passes at most as it is worth going on for."""
+    """Before an exact value, a run spends its first look and at most ``WORTH`` times the passes of the exact value."""
     kernel, other, _ = case(name)
     found = getattr(kernel, metric)(*arguments(other, metric), rtol=rtol)
     assert found.relative_width() <= rtol
@@ -191,8 +191,8 @@ def test_a_tolerance_never_takes_many_more_passes_than_the_exact_value(name, rto
         assert any("came first: rtol=" in note for note in found.notes)
 
 
-def test_an_exact_method_that_turns_out_not_to_apply_leaves_a_reliable_estimate_within_the_budget():
-    """By its sizes the last layer is a wide head of 32 passes: a run is given up for it, and begun again."""
+def test_an_exact_method_that_does_not_apply_leaves_a_reliable_estimate_within_the_budget():
+    """By its sizes the last layer is a wide head of 32 passes: a run is abandoned for it, and then restarted."""
     model, x = network(lambda: nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 640), nn.Tanh()), 24, 4)
     kernel, given_up = ntkbench.Kernel(model, x), 0
     for seed in range(10):
@@ -229,10 +229,10 @@ def test_ten_samples_with_seventy_outputs_are_exact():
         (64, 99, "trace", 0.1, True),
     ],
 )
-def test_exact_values_come_first_where_an_estimate_is_expected_to_take_as_long(N, width, metric, rtol, exact):
-    """To a relative error e ||Theta||^2 takes some 5 / (N e) probes, and an exact value 10 passes.
+def test_exact_values_come_first_if_estimates_are_expected_to_take_as_long(N, width, metric, rtol, exact):
+    """An estimate of ||Theta||^2 to a relative error e takes about 5 / (N e) probes, and an exact value 10 passes.
 
-    With few samples the error of few probes is not reliable. On a small network a run takes as long as its passes.
+    With few samples the error of few probes is not reliable. The overhead of a run counts on small networks.
     """
     model, x = network(lambda: nn.Sequential(nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 10), nn.Tanh()), N, 64)
     problem = ntkbench.Kernel(model, x).problem
@@ -252,7 +252,7 @@ def test_two_hundred_interacting_outputs_are_exact():
 @pytest.mark.parametrize(
     ("N", "outputs", "method"), [(12, 300, "hutchpp_adaptive_forward"), (6, 2, "hutchpp_adaptive")]
 )
-def test_the_side_of_a_trace_is_that_of_fewer_dimensions_and_the_notes_say_so(N, outputs, method):
+def test_traces_use_the_side_with_fewer_dimensions_and_note_it(N, outputs, method):
     # 2 * 3 + 3 + 6 + 3 * outputs + outputs parameters, which are 1215 or 23
     model, x = network(lambda: nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, outputs)), N, 2)
     found = ntkbench.trace(model, x, passes=10)
@@ -264,7 +264,7 @@ def test_the_side_of_a_trace_is_that_of_fewer_dimensions_and_the_notes_say_so(N,
     assert side[outputs] in found.notes
 
 
-def test_an_exact_value_that_memory_makes_costlier_than_an_estimate_is_passed_over():
+def test_an_exact_method_that_low_memory_makes_costlier_is_passed_over():
     model, x = network(lambda: nn.Sequential(nn.Linear(30, 64), nn.Tanh(), nn.Linear(64, 10)), 100, 30)
     roomy = ntkbench.norm(model, x)
     assert (roomy.method, roomy.passes) == ("structured_derivatives", 10)
@@ -281,14 +281,14 @@ def recurrent(N: int) -> Problem:
 
 
 @pytest.mark.parametrize(("N", "few"), [(8, True), (20, True), (100, False)])
-def test_inner_products_of_gradients_count_where_a_run_needs_many_probes(N, few):
-    """With few trials pooled probes are faster; 12 probes on 100 trials are not worth a change."""
+def test_many_probes_are_worthwhile_for_group_statistics_only_with_many_trials(N, few):
+    """With few trials pooled probes are soon cheaper; 12 probes on 100 trials are not worth a switch."""
     problem = recurrent(N)
     assert (methods.get("group_u_statistics").worthwhile_probes(problem) <= 60) == few
     assert methods.get("hutchinson").worthwhile_probes(problem) == math.inf
 
 
-def test_a_recurrent_network_turns_to_pooled_probes_where_group_statistics_need_many():
+def test_recurrent_networks_switch_to_pooled_probes_if_group_statistics_need_many():
     problem, target = recurrent(8), Target(device="cpu")
     kernel = ntkbench.Kernel(problem.network, torch.from_numpy(problem.x))
     loose = kernel.norm(rtol=0.5)
@@ -305,7 +305,7 @@ def test_a_recurrent_network_turns_to_pooled_probes_where_group_statistics_need_
     assert min(exact.values()) > min(ladder.exact_methods(problem, "trace", target).values())
 
 
-def test_a_method_that_was_given_up_is_taken_up_again_where_the_next_one_needs_far_more(monkeypatch):
+def test_an_abandoned_method_is_resumed_if_the_next_one_needs_far_more(monkeypatch):
     monkeypatch.setattr(ladder, "exact_methods", lambda *_: {})
     problem = recurrent(8)
     kernel = ntkbench.Kernel(problem.network, torch.from_numpy(problem.x))
@@ -334,7 +334,7 @@ def test_kernels_of_few_samples_with_many_positions_are_worth_few_probes(N, fini
         assert below <= 8 * operations.of_pass_by_layers(problem) < above
 
 
-def test_group_statistics_are_taken_up_again_where_nothing_else_works(monkeypatch):
+def test_group_statistics_are_resumed_if_nothing_else_applies(monkeypatch):
     problem = recurrent(8)
     alone = lambda *_: ["group_u_statistics"]  # noqa: E731
     monkeypatch.setattr(ladder, "_estimators", alone)
@@ -345,7 +345,7 @@ def test_group_statistics_are_taken_up_again_where_nothing_else_works(monkeypatc
 
 
 class Counted(torch.nn.Linear):
-    """A layer whose operations cannot be counted, as it looks at who counts them."""
+    """A layer whose operations cannot be counted, as it fails inside a dispatch mode."""
 
     def forward(self, x):
         if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
@@ -366,7 +366,7 @@ class Counted(torch.nn.Linear):
     ],
 )
 def test_multiplications_of_a_forward_pass_are_counted_on_shapes(layers, shape, multiplications):
-    """At least one for each parameter and sample, biases included; exactly those of the weights where they are more."""
+    """Those of the weights, or one for each parameter and sample, biases included, where that is more."""
     layers = layers()
     model = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
     x = torch.zeros(shape, dtype=torch.long) if isinstance(model, nn.Embedding) else torch.randn(shape)

@@ -26,20 +26,20 @@ def table():
     return auto_choice.run(settings)
 
 
-def test_auto_comes_first_and_stands_for_a_method(table):
+def test_auto_comes_first_and_names_its_method(table):
     for _, task in table.groupby(["problem", "metric"]):
         assert task["method"].iloc[0] == "auto"
     measured = table[(table["method"] == "auto") & (table["status"] == "ok")]
     assert len(measured) == 3 and set(measured["by"]) <= set(methods.names())
 
 
-def test_methods_that_state_no_error_take_no_part(table):
+def test_methods_without_a_standard_error_are_left_out(table):
     kinds = {methods.get(name).kind for name in table["method"].unique() if name != "auto"}
     assert kinds == {"exact", "stochastic"}
     assert "sum_of_logits" not in set(table["method"])
 
 
-def test_ratios_are_to_the_calls_of_auto(table):
+def test_ratios_are_relative_to_auto(table):
     timed = table[table["ratio"].notna()]
     assert len(timed) and (timed["calls"] == 3).all() and (timed["method"] != "auto").all()
     for _, task in timed.groupby(["problem", "metric"]):
@@ -47,7 +47,7 @@ def test_ratios_are_to_the_calls_of_auto(table):
         assert task.loc[fastest, "seconds"] == task["seconds"].min()
 
 
-def test_ratios_are_those_of_calls_in_the_same_turn():
+def test_ratios_pair_calls_of_the_same_round():
     rows = [{"method": name} for name in ("auto", "slow", "fast", "untimed")]
     auto_choice._add_ratios(rows, [[2.0, 4.0, 6.0], [4.0, 4.0, 4.0], [1.0, 2.0, 2.0], []])
     assert "ratio" not in rows[0] and "ratio" not in rows[3]
@@ -80,7 +80,7 @@ def test_the_share_of_tasks_on_the_page_is_that_of_the_committed_table():
     assert (tasks, within) == tuple(map(int, stated.groups()))
 
 
-def test_what_takes_no_part_has_its_reason(table):
+def test_rows_without_a_result_have_a_reason(table):
     left = table[table["status"] != "ok"]
     assert (left["reason"].str.len() > 0).all()
     untrained = table[(table["problem"].str.startswith("gpt2")) & (table["metric"] == "alignment")]

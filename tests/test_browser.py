@@ -1,4 +1,4 @@
-"""A report in a real browser: narrow, dark, printed, sorted and filtered; skipped where there is none."""
+"""A report in a real browser: narrow, dark, printed, sorted and filtered; skipped without Chromium."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="ther
 
 
 def browse(folder, *options):
-    """What the browser prints, with a profile of its own."""
+    """The browser's output, with a profile of its own."""
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     command += ["--virtual-time-budget=30000", *options]
     return subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8", timeout=300).stdout
@@ -55,7 +55,7 @@ def browse(folder, *options):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The report of the committed grid, as it is written today, with some figures."""
+    """The report of the committed grid, with some figures, as the current code writes it."""
     folder = tmp_path_factory.mktemp("report")
     names = ("exact_cost", "method_map", "time_to_accuracy")
     made = [figures.draw(name, pd.read_csv(TABLE, low_memory=False), folder)[2] for name in names]
@@ -64,7 +64,7 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["light", "dark"])
 def seen(request, page, tmp_path_factory):
-    """What the page says of itself in a frame of 390 pixels, and how the browser is set."""
+    """The browser's colour scheme, and what the page reports in a frame of 390 pixels."""
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "page.html").write_text(page.replace(' loading="lazy"', "").replace("</body>", PROBE), encoding="utf-8")
     (folder / "frame.html").write_text(FRAME, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The benchmark of calibration: its problems, what is counted, and the coverage of ``auto`` at a reduced size."""
+"""The calibration study: its problems, its columns, and the coverage of ``auto`` at a reduced size."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def shares(label: str, end: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("end", ["theta_0", "theta_f"])
-def test_inputs_are_skewed_as_they_say_at_both_ends_of_training(end):
+def test_inputs_are_skewed_as_named_before_and_after_training(end):
     assert shares("small_mlp", end)[0] < 0.15
     assert shares("small_mlp[inputs=one_outlier]", end)[0] > 0.8
     heavy = shares("small_mlp[inputs=heavy_tailed]", end)
@@ -58,7 +58,7 @@ def test_inputs_are_skewed_as_they_say_at_both_ends_of_training(end):
         assert distances[-count] > 5 * distances[-count - 1]
 
 
-def test_auto_estimates_by_the_head_where_it_is_wide():
+def test_auto_uses_a_wide_head():
     subject = study.Subject(settings(), study.PROBLEMS["wide head"])
     assert subject.estimate("norm", study.Options(passes=40)).method == "wide_head_u_statistics"
     assert subject.estimate("norm", study.Options()).method == "wide_head"
@@ -99,7 +99,7 @@ def test_every_case_is_a_row_with_its_coverage_or_a_reason(table):
     assert set(ok.loc[ok["exact"] == 1, "verdict"]) <= {"exact"}
 
 
-def test_fixed_budgets_are_matched_to_the_passes_of_the_tolerance(table):
+def test_matched_budgets_are_the_passes_spent_to_the_tolerance(table):
     ways = table[table["status"] == "ok"].set_index(["metric", "method", "way"])
     for (metric, method, way), row in ways.iterrows():
         if way == "matched":
@@ -121,7 +121,7 @@ def test_without_a_tolerance_there_is_nothing_to_match():
     assert (row["status"], row["reason"]) == ("skipped", said)
 
 
-def test_what_is_matched_is_the_most_frequent_method_as_if_requested_by_name():
+def test_matched_runs_use_the_most_frequent_method_by_name():
     found = estimates(*[(10.5, 0.5)] * 3)
     found.estimates[0] = dataclasses.replace(found.estimates[0], method="direct")
     stopped = study.columns("auto", found)
@@ -131,8 +131,8 @@ def test_what_is_matched_is_the_most_frequent_method_as_if_requested_by_name():
     assert made["by"] == "hutchinson" and (made["target_low"], made["target_high"]) == study.TARGET
 
 
-def test_the_truth_is_that_of_the_trained_network(table):
-    """Estimates of thousands of passes come close to the metrics of J written out at theta_f."""
+def test_references_are_those_of_the_trained_network(table):
+    """References are the metrics of an explicit J at theta_f."""
     problem = problems.load("small_mlp[N=3]")
     theta, theta_0 = (J @ J.T for J in (testing.explicit_jacobian(problem, end) for end in ("theta_f", "theta_0")))
     truth = testing.metrics_of(theta, theta_0)
@@ -143,7 +143,7 @@ def test_the_truth_is_that_of_the_trained_network(table):
     assert found.value == pytest.approx(truth["effective_rank"], rel=1e-9)
 
 
-# --- what is counted
+# --- columns
 
 
 def estimates(*pairs, notes=()):
@@ -167,7 +167,7 @@ def test_columns_of_known_estimates():
     assert (made["covered_low"], made["covered_high"]) == pytest.approx((middle - half, middle + half))
 
 
-def test_errors_as_small_as_rounding_are_not_given_an_allowance_for_it():
+def test_coverage_has_no_allowance_for_rounding():
     found = Reruns(1.0, "float32")
     found.estimates = [Estimate(1 + 4e-5, 1.5e-5, 6, "hutchinson", (), "trace")]
     assert found.estimates[0].covers(1.0, "float32")
@@ -176,7 +176,7 @@ def test_errors_as_small_as_rounding_are_not_given_an_allowance_for_it():
     assert study.columns("hutchinson", found)["verdict"] == "exact"
 
 
-def test_a_wrong_exact_value_is_an_interval_that_misses():
+def test_a_wrong_exact_value_counts_as_a_miss():
     made = study.columns("hutchinson", estimates((10.1, None), (10.0, None)))
     assert (made["exact"], made["covered"], made["intervals"]) == (0.5, 0.5, 1) and made["ratio"] is None
 
@@ -186,7 +186,7 @@ def test_answers_that_are_all_exact_have_no_coverage():
     assert (made["exact"], made["covered"], made["verdict"]) == (1.0, None, "exact")
 
 
-def test_an_error_that_is_not_known_leaves_the_stated_ones_as_they_are():
+def test_unknown_errors_are_left_out_of_the_stated_error():
     made = study.columns("hutchinson", estimates((10.5, 0.5), (12.0, math.nan)))
     assert made["stated"] == pytest.approx(0.05) and made["covered"] == 1.0
 
@@ -204,7 +204,7 @@ def test_an_error_that_is_not_known_leaves_the_stated_ones_as_they_are():
         ("hutchpp", 300, (), "above"),
     ],
 )
-def test_a_verdict_needs_more_than_chance_and_a_note_excuses_a_method_asked_for_by_name(method, hits, notes, verdict):
+def test_verdicts_allow_for_chance_and_notes_excuse_methods_requested_by_name(method, hits, notes, verdict):
     found = estimates(*[(10.0, 1.0)] * hits, *[(20.0, 1.0)] * (300 - hits), notes=notes)
     assert study.columns(method, found)["verdict"] == verdict
 
@@ -228,7 +228,7 @@ def test_exact_estimates_raise_the_target():
     assert study.columns("hutchpp", estimates(*hits * 10))["verdict"] == "above"
 
 
-def test_intervals_are_too_wide_only_without_their_rounding():
+def test_rounding_does_not_make_intervals_too_wide():
     found = estimates(*[(10.0, 1.0)] * 280, *[(13.0, 1.0)] * 20)
     found.estimates = [dataclasses.replace(e, rounding=0.2) for e in found.estimates]
     made = study.columns("hutchpp", found)
@@ -238,7 +238,7 @@ def test_intervals_are_too_wide_only_without_their_rounding():
 @pytest.mark.parametrize(
     "wrong", [{"seeds": 1}, {"ways": ["fixed"]}, {"rtol": 1.0}, {"methods": ["direct"]}, {"passes": 0}]
 )
-def test_settings_that_make_no_sense_are_refused(wrong):
+def test_invalid_settings_are_refused(wrong):
     with pytest.raises(ValidationError):
         settings(**wrong)
 
@@ -265,8 +265,8 @@ def test_the_figure_counts_the_cases_and_plots_the_numbers_of_the_table(table, t
     testing.check_figure("calibration", table)
 
 
-def test_auto_is_counted_where_it_chose():
-    """Fixed budgets that match those of its runs to the tolerance are a comparison, and no cases of it."""
+def test_matched_budgets_are_not_counted_as_cases_of_auto():
+    """Fixed budgets that match its runs to the tolerance are a comparison, and not counted as its cases."""
     case = {"status": "ok", "problem": "ordinary", "metric": "trace", "method": "auto", "covered": 0.95, "rmse": 0.2}
     rows = pd.DataFrame(
         [
@@ -318,12 +318,12 @@ def test_intervals_of_auto_keep_their_coverage(problem, metrics, way):
     out = found[~found["verdict"].isin(["in range", "exact"])]
     assert out.empty, out.to_string()
     estimated = found[found["verdict"] != "exact"]
-    assert (estimated["ratio"] < 1.5).all(), estimated.to_string()  # no few huge misses
+    assert (estimated["ratio"] < 1.5).all(), estimated.to_string()  # no rare huge misses
 
 
 @pytest.mark.parametrize("metric", ["norm", "effective_rank", "alignment"])
 @pytest.mark.slow
-def test_subsets_of_many_samples_are_covered_or_say_so(metric):
+def test_subsets_of_many_samples_are_covered_or_noted(metric):
     chosen = settings(
         problems={"many samples": study.PROBLEMS["many samples"]},
         metrics=[metric],

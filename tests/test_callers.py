@@ -1,4 +1,4 @@
-"""What is the caller's stays as it was: gradients and graphs of other tensors, and the settings of all threads."""
+"""The caller's state does not change: gradients and graphs of other tensors, and the settings of all threads."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LATER: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "torch": lambda model, h: model(h.tanh()),
     "a custom function": lambda model, h: Squared.apply(model(h)),
 }
-"""What follows a module of the caller."""
+"""What follows the caller's module."""
 
 
 @pytest.mark.parametrize("later", LATER)
@@ -90,8 +90,8 @@ def test_inputs_of_the_caller_get_no_gradients(use):
     np.testing.assert_allclose(np.asarray(scaled), np.asarray(USES[use](head(), y.detach())))
 
 
-def test_gradients_that_only_the_backward_pass_finds_count():
-    """Reentrant checkpointing differentiates by tensors that are not in the graph; networks make one that is."""
+def test_gradients_found_only_by_the_backward_pass_count():
+    """With reentrant checkpointing the parameters are not in the graph; networks pass a dummy tensor that is."""
 
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
@@ -113,7 +113,7 @@ def test_gradients_that_only_the_backward_pass_finds_count():
 
 
 class Watched(nn.Module):
-    """Notes the calls, also of copies, in which tensors without a precision would get another one than the inputs."""
+    """Records calls, of copies too, in which the default precision is not that of the inputs."""
 
     wrong: ClassVar[list[torch.dtype]] = []
 
@@ -138,7 +138,7 @@ def settings() -> tuple[Any, ...]:
     )
 
 
-def test_calls_of_several_threads_are_those_in_turn_and_leave_the_settings():
+def test_concurrent_calls_equal_sequential_ones_and_restore_the_settings():
     torch.manual_seed(0)
     models = [Watched() for _ in range(12)]
     x, before = torch.randn(4, 2, 3), settings()
@@ -158,7 +158,7 @@ def test_calls_of_several_threads_are_those_in_turn_and_leave_the_settings():
         assert found[2] == expected[2] == getattr(torch, job[1])
 
 
-def test_settings_wait_for_those_of_another_thread_and_not_for_their_own():
+def test_settings_block_other_threads_and_can_be_nested():
     before, seen, entered = settings(), [], threading.Event()
 
     def other() -> None:
@@ -179,7 +179,7 @@ def test_settings_wait_for_those_of_another_thread_and_not_for_their_own():
 
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_plain_operations_end_with_their_last_user(recurrent):
-    """As of two threads, of which the first to begin is the first to end."""
+    """As with two threads, of which the first to enter is the first to leave."""
     module, before = nn.GRU(3, 2) if recurrent else nn.Linear(3, 2), settings()
     first, second = plain_operations(module), plain_operations(module)
     first.__enter__()

@@ -37,7 +37,7 @@ def seeded(make, seed: int = 0):
 
 
 class Mixed(nn.Module):
-    """Tokens and features; a mask and constants where they are given."""
+    """A network on tokens and features, with an optional mask and constants."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ class Mixed(nn.Module):
 
 
 class Steps(nn.Module):
-    """[N, T, 4] to [N, T, 3], with other things beside."""
+    """[N, T, 4] to [N, T, 3], in a dict with another entry."""
 
     def __init__(self):
         super().__init__()
@@ -103,7 +103,7 @@ def agree(found: torch.Tensor, J: torch.Tensor, J2: torch.Tensor | None = None) 
 
 
 def check(model, inputs, function, call=None, output=None):
-    """Both ways give the kernel of ``function(model, inputs)``, the same in float64 by hand."""
+    """Check that both ways give the kernel of ``function(model, inputs)``, by an explicit J in float64."""
     problem = from_module(*as_module(model, inputs, call, output), dtype="float64")
     assert problem.name == type(model).__name__
     assert not problem.samples_interact
@@ -143,13 +143,13 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("kind", INPUTS)
-def test_several_inputs_give_the_kernel_of_the_call_on_them(kind):
+def test_several_inputs_are_arguments_of_the_model(kind):
     inputs, function = INPUTS[kind]
     check(seeded(Mixed), inputs, function)
 
 
 @pytest.mark.parametrize("kind", ["user dict", "attributes", "nested", "registered", "call of a list"])
-def test_pytrees_are_handed_on_as_they_are_to_a_call(kind):
+def test_pytrees_are_passed_unchanged_to_a_call(kind):
     model = seeded(Mixed)
     if kind == "user dict":  # as batches of tokenizers are
         problem = from_module(*as_module(model, UserDict(BATCH)), dtype="float64")
@@ -175,7 +175,7 @@ def test_pytrees_are_handed_on_as_they_are_to_a_call(kind):
         check(nn.Linear(4, 2), [FEATURES], lambda m, b: m(b[0]), call=lambda m, b: m(b[0]))
 
 
-def test_a_single_tensor_stays_as_it_is():
+def test_a_single_tensor_is_not_wrapped():
     model = seeded(lambda: nn.Linear(4, 3))
     assert as_module(model, FEATURES) == (model, FEATURES)
     assert as_module(model, [FEATURES]) == (model, FEATURES)
@@ -186,7 +186,7 @@ def test_a_single_tensor_stays_as_it_is():
     assert wrapped(*as_module(layer, SEQUENCES)).output_shape == (N, 6, 3)
 
 
-def test_the_model_and_the_inputs_are_not_changed_and_not_held():
+def test_the_model_and_the_inputs_are_copied():
     model, inputs = seeded(Mixed).eval(), {key: t.clone() for key, t in BATCH.items()}
     before = copy.deepcopy(model.state_dict())
     module, x = as_module(model, inputs)
@@ -202,7 +202,7 @@ def test_the_model_and_the_inputs_are_not_changed_and_not_held():
     assert list(dict(model.named_buffers())) == []
 
 
-def test_layers_of_submodules_in_different_modes_keep_them():
+def test_submodules_keep_their_own_modes():
     model = nn.ModuleDict({"norm": nn.BatchNorm1d(4), "layer": nn.Linear(4, 2)}).train()
     model["norm"].eval()
     problem = from_module(*as_module(model, FEATURES, call=lambda m, x: m["layer"](m["norm"](x))))
@@ -251,7 +251,7 @@ def test_labels_of_a_loader_are_left_to_the_call():
     torch.testing.assert_close(module(x), model(FEATURES))
 
 
-def test_both_ends_see_one_order_of_a_shuffling_loader():
+def test_both_parameter_sets_see_one_order_of_a_shuffling_loader():
     loader = DataLoader(Records(), batch_size=2, shuffle=True)
     ends = [seeded(Mixed, seed) for seed in range(2)]
     state, python = torch.get_rng_state(), random.getstate()
@@ -308,7 +308,7 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)
-def test_the_kernel_of_some_outputs_is_a_part_of_the_whole(kind):
+def test_selected_outputs_give_part_of_the_kernel(kind):
     output, chosen = OUTPUTS[kind]
     problem = check(
         seeded(Steps),
@@ -322,7 +322,7 @@ def test_the_kernel_of_some_outputs_is_a_part_of_the_whole(kind):
 
 @st.composite
 def indices(draw):
-    """Sizes of the axes of outputs, and a part for each of the first axes."""
+    """Sizes of the output axes, and an index for each of the first axes."""
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
     parts, lists = [], 0
     for size in sizes[: draw(st.integers(1, len(sizes)))]:
@@ -335,7 +335,7 @@ def indices(draw):
 
 
 @given(indices())
-def test_an_index_takes_its_axes_one_by_one(sizes_and_parts):
+def test_an_index_applies_to_each_axis_separately(sizes_and_parts):
     sizes, parts = sizes_and_parts
     outputs = torch.arange(2 * int(np.prod(sizes))).reshape(2, *sizes).double()
     expected = outputs
@@ -451,7 +451,7 @@ def test_a_second_set_of_inputs_gives_the_kernel_between_both(kind):
 
 
 @pytest.mark.parametrize("call", [None, lambda m, x: m(x).tanh()])
-def test_a_second_tensor_is_the_x_itself(call):
+def test_a_second_tensor_is_passed_on_unchanged(call):
     model, other = seeded(lambda: nn.Linear(4, 3)), FEATURES.flip(0)[:2]
     module, x1, x2 = with_more(*as_module(model, FEATURES, call), other)
     assert x2 is other
@@ -511,7 +511,7 @@ def tied() -> nn.Module:
         ("*", {"0.weight", "0.bias", "2.bias", "4.weight"}),
     ],
 )
-def test_some_parameters_give_their_part_of_the_kernel(patterns, names, called):
+def test_selected_parameters_give_their_part_of_the_kernel(patterns, names, called):
     model = tied()
     problem = from_module(*as_module(model, FEATURES, (lambda m, x: m(x)) if called else None), dtype="float64")
     part = restricted(problem, patterns)
@@ -522,7 +522,7 @@ def test_some_parameters_give_their_part_of_the_kernel(patterns, names, called):
         agree(way(part), J)
 
 
-def test_parameters_of_a_recurrent_layer_have_the_names_that_it_gives_them():
+def test_parameters_of_a_recurrent_layer_keep_their_names():
     layer = seeded(lambda: nn.GRU(4, 3, batch_first=True))
     part = restricted(wrapped(*as_module(layer, SEQUENCES), dtype="float64"), "weight_hh*")
     J = jacobian(layer, lambda m: m(SEQUENCES.double())[0], "weight_hh_l0".__eq__)
@@ -538,7 +538,7 @@ def test_groups_of_parameters_add_up_to_the_whole_kernel():
     agree(sum(layer_by_layer(part) for part in parts.values()), jacobian(model, lambda m: m(**double(BATCH))))
 
 
-def test_both_ends_are_restricted():
+def test_both_parameter_sets_are_restricted():
     ends = [seeded(Mixed, seed) for seed in range(2)]
     module, x = as_module(ends[0], BATCH)
     part = restricted(from_module(module, x, alike(module, ends[1]), dtype="float64"), "first")
@@ -578,7 +578,7 @@ def test_groups_must_have_names(patterns):
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("several", [False, True])
-def test_models_and_inputs_in_half_precision_are_computed_in_the_precision_asked_for(half, several):
+def test_models_and_inputs_in_half_precision_are_computed_in_the_requested_precision(half, several):
     model = seeded(Mixed).to(half) if several else seeded(lambda: nn.Linear(4, 3)).to(half)
     inputs = (
         BATCH | {"features": FEATURES.to(half), "scale": torch.tensor(0.3, dtype=half)}
@@ -593,7 +593,7 @@ def test_models_and_inputs_in_half_precision_are_computed_in_the_precision_asked
     agree(by_vmap(from_module(module, x1, dtype="float64"), x2), jacobian(model, lambda m: function(m, double(inputs))))
 
 
-def test_complex_parameters_are_refused_with_the_way_out():
+def test_complex_parameters_are_refused_with_a_workaround():
     model = nn.Linear(4, 3, dtype=torch.complex64)
     with pytest.raises(BadInput, match=r"complex parameters, such as 'weight'.*torch\.view_as_complex"):
         from_module(*as_module(model, FEATURES, call=lambda m, x: torch.view_as_real(m(x + 0j))))

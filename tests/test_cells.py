@@ -22,7 +22,7 @@ def test_only_stochastic_methods_take_budgets_and_seeds():
     ]
 
 
-def test_blocks_that_overlap_give_each_cell_once_with_the_numbers_of_the_first():
+def test_overlapping_blocks_give_each_cell_once_with_the_numbers_of_the_first():
     found = cells.cells(config(grid=[BLOCK | {"seeds": 3, "calls": 2}, BLOCK | {"backends": "all", "seeds": 9}]))
     assert len({cell.label for cell in found}) == len(found) == 6
     numbers = {(cell.backend, cell.seeds, cell.calls) for cell in found if cell.method == "hutchpp"}
@@ -43,7 +43,7 @@ def test_all_means_every_method_and_every_metric_that_it_gives():
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])
-def test_shards_share_out_all_cells(shards):
+def test_shards_partition_all_cells(shards):
     chosen = config(shards=shards)
     dealt = [cell for number in range(shards) for cell in cells.of_shard(chosen, number)]
     assert sorted(cell.label for cell in dealt) == sorted(cell.label for cell in cells.cells(chosen))
@@ -66,7 +66,7 @@ def test_a_cell_over_a_limit_is_left_out_with_the_reason(method, limits, said):
         assert reason is None if said is None else said in reason
 
 
-def test_the_limit_of_passes_skips_deterministic_methods_alone():
+def test_the_limit_of_passes_skips_only_deterministic_methods():
     chosen = config(limits={"passes": 1}, grid=[BLOCK | {"methods": "all", "metrics": "all"}])
     problem = problems.load("digits_conv[N=4]")
     over = {

@@ -30,7 +30,7 @@ def explicit(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class Clip(torch.autograd.Function):
-    """A function with a backward of its own, which torch.func does not see unless it is told how."""
+    """A custom autograd function without support for torch.func."""
 
     @staticmethod
     def forward(ctx, x):
@@ -64,7 +64,7 @@ class Clipped(nn.Module):
 
 
 class Branching(nn.Module):
-    """A branch on data, which neither vmap nor a trace can take."""
+    """A branch on data, which neither vmap nor tracing supports."""
 
     def __init__(self):
         super().__init__()
@@ -118,7 +118,7 @@ def test_products_by_sample_are_those_of_plain_autograd(kind):
         assert "per-sample VJP is computed by plain autograd" in " ".join(j.notes)
 
 
-def test_samples_that_interact_after_all_have_no_products_of_their_own():
+def test_per_sample_products_of_interacting_samples_are_rejected():
     problem, _ = problem_of(Mixed)
     object.__setattr__(problem, "samples_interact", False)
     j = linearise(problem, "theta_0", FLOAT64)
@@ -131,7 +131,7 @@ def test_samples_that_interact_after_all_have_no_products_of_their_own():
 @pytest.mark.parametrize("name", methods.names())
 @pytest.mark.parametrize("metric", ["trace", "norm", "alignment"])
 def test_every_method_detects_a_wrong_network_function(name, metric):
-    """What the operators and kernels compute is made wrong; no method may give a value."""
+    """Operators and kernels are made wrong: a method must raise an error or fall back to plain autograd."""
     method = methods.get(name)
     if metric not in method.metrics or method.needs_recurrence or "torch" not in method.backends:
         pytest.skip("the method does not give this metric of this network")
@@ -153,11 +153,11 @@ def test_every_method_detects_a_wrong_network_function(name, metric):
     assert "plain autograd" in " ".join(found.notes) or name in (
         "naive_jacobian",
         "last_layer",
-    )  # neither uses what is wrong
+    )  # neither uses the wrong products
 
 
 class Wrong(nn.Module):
-    """A network that computes other gradients under torch.func and while it is traced than by itself."""
+    """A network whose gradients are different under torch.func and while it is traced."""
 
     def __init__(self):
         super().__init__()
@@ -180,7 +180,7 @@ class Armed(nn.Linear):
 
 
 class WrongForSome(torch.autograd.Function):
-    """A backward that torch.func does not take, for the third sample alone."""
+    """A backward that is wrong under torch.func for the third sample alone."""
 
     generate_vmap_rule = True
 
@@ -216,7 +216,7 @@ def test_the_certificate_of_some_probes_covers_all_outputs(probes):
     torch.testing.assert_close(j.fresh().vjp(j.basis(0, j.n)), J, rtol=1e-10, atol=1e-12)
 
 
-def test_another_way_is_recertified():
+def test_certificates_of_an_abandoned_way_are_dropped():
     problem, _ = problem_of(Clipped)
     j = linearise(problem, "theta_0", FLOAT64)
     j._certified("jvp", lambda: torch.zeros(2, dtype=torch.float64), lambda *_: 0.0, 2)
@@ -226,7 +226,7 @@ def test_another_way_is_recertified():
     assert not j.reference.differences
 
 
-def test_a_kernel_is_recertified_where_a_value_was_written():
+def test_a_kernel_is_recertified_after_values_change_in_place():
     torch.manual_seed(0)
     model, x = nn.Linear(4, 2), torch.randn(5, 4)
     parameters = {name: w.detach().clone() for name, w in model.named_parameters()}
@@ -261,7 +261,7 @@ def test_plain_gradients_of_unused_constant_and_sparse_parameters():
     assert all(w.grad is None for w in model.parameters())
 
 
-def test_distances_of_what_is_not_finite_or_zero():
+def test_distances_of_zeros_and_non_finite_values():
     zero, one, nan = (np.array([value]) for value in (0.0, 1.0, np.nan))
     assert distance(zero, zero) == 0 and distance(one, zero) == np.inf and distance(one, one) == 0
     assert distance(nan, one) == np.inf and distance(one, nan) == np.inf
@@ -283,7 +283,7 @@ def test_a_plain_gradient_in_parts_is_that_of_the_whole_batch(N):
         assert max(sizes) == largest
 
 
-def test_tiny_gradients_that_are_wrong_are_not_certified():
+def test_wrong_tiny_gradients_are_not_certified():
     """Their squares underflow."""
     expected = torch.full((3,), 1e-170, dtype=torch.float64)
     assert distance_of_parts([(2 * expected, expected)]) == pytest.approx(1)

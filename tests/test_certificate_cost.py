@@ -1,4 +1,4 @@
-"""The cost of certificates, measured in turn against estimates without one."""
+"""The study of the cost of certificates: estimates with and without one, timed alternately."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(estimates: list[dict], **changes: object) -> pd.DataFrame:
     return studies.run("certificate_cost", studies.settings("certificate_cost", given | changes))
 
 
-def test_a_row_has_both_times_and_what_lies_between_them():
+def test_a_row_has_both_times_and_the_cost_of_the_certificate():
     table = run(ESTIMATES)
     assert list(table["status"]) == ["ok", "ok", "ok", "skipped"], table["reason"].tolist()
     good = table[table["status"] == "ok"]
@@ -52,7 +52,7 @@ def test_a_certificate_is_one_plain_pass_at_each_parameter_set(monkeypatch, meth
     gradient = PlainNetwork.gradient
     monkeypatch.setattr(PlainNetwork, "gradient", lambda *given: taken.append(1) or gradient(*given))
     prepared = methods.get(method).prepare(problems.load(SMALL), Target("torch", "float64"))
-    # Before the first budget that pays for JVPs beside VJPs, a JVP settles what they cost.
+    # Before the first budget of both JVPs and VJPs, one JVP determines their cost.
     for expected in (2 * sets if method == "hutchpp" else sets, sets):
         taken.clear()
         methods.get(method).estimate(prepared, metric, passes)
@@ -71,7 +71,7 @@ def test_a_certificate_is_one_plain_pass_at_each_parameter_set(monkeypatch, meth
         ({"method": "x"}, "unknown method 'x'"),
     ],
 )
-def test_what_cannot_be_recertified_is_refused_before_anything_runs(given, said):
+def test_invalid_estimates_are_refused_before_anything_runs(given, said):
     with pytest.raises((ValidationError, Exception), match=said):
         studies.settings("certificate_cost", {"threads": 1, "estimates": [{"problem": SMALL} | given]})
 

@@ -1,4 +1,4 @@
-"""The papers' claims: verdicts, sentences, the table and the figure of them, and the committed ones."""
+"""The papers' claims: verdicts, sentences, their table and figure, and the committed claims."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def claim(**changes) -> Claim:
         ((7, 6, 8), REPRODUCED),  # the published value is outside of the interval, and near
         ((10, 4.99, 20), PARTLY),
         ((10, 5, 20.01), PARTLY),
-        ((10, 1, 100), PARTLY),  # such an interval tells nothing
+        ((10, 1, 100), PARTLY),  # such an interval is uninformative
         ((3, 2, 5), PARTLY),  # touches the band
         ((3, 2, 4.99), NOT),
         ((30, 20.01, 40), NOT),
@@ -52,9 +52,9 @@ def claim(**changes) -> Claim:
         ((NAN, NAN, NAN), UNADDRESSED),
     ],
 )
-def test_a_number_is_reproduced_where_all_of_its_interval_is_near(measured, verdict):
+def test_a_number_is_reproduced_if_its_whole_interval_is_near(measured, verdict):
     assert claim(measured=measured).verdict == verdict
-    # the same for numbers below 0, whose ends are the other way round
+    # the same for negative numbers, whose ends are swapped
     assert claim(published=-10.0, measured=tuple(-x for x in (measured[0], *measured[:0:-1]))).verdict == verdict
 
 
@@ -80,7 +80,7 @@ def test_more_or_less_than_a_number_is_judged_by_the_interval_alone(measured, ab
         assert claim(published=published, measured=moved, relation=BELOW).verdict == below
 
 
-def test_a_closer_factor_and_what_does_not_speak_to_a_claim():
+def test_exponents_have_a_narrower_band_and_claims_may_be_unaddressed():
     slope = {"published": -0.5, "within": claims.EXPONENT}
     assert claim(**slope, measured=claims.exponent(-0.55, 0.02)).verdict == REPRODUCED
     assert claim(**slope, measured=claims.exponent(-0.9, 0.1)).verdict == NOT
@@ -142,7 +142,7 @@ def table(tmp_path):
     return pd.read_csv(tmp_path / "claims.csv")
 
 
-def test_the_table_says_all_of_a_claim_and_where_it_was_measured(table):
+def test_the_table_has_each_claim_and_its_provenance(table):
     assert list(table.columns) == list(claims.COLUMNS)
     assert list(table["verdict"]) == [REPRODUCED, REPRODUCED, NOT, UNADDRESSED, REPRODUCED]
     assert list(table["git_sha"].fillna("")) == ["abc", "abc", "abc", "", "abc"] and table["machine"][0] == "m; n"
@@ -157,7 +157,7 @@ def test_the_table_says_all_of_a_claim_and_where_it_was_measured(table):
 
 
 def dots(drawing, marker="o"):
-    """Lines with a marker, from above."""
+    """Lines with a marker, from top to bottom."""
     (panel,) = drawing.figure.axes
     found = [line for line in panel.lines if line.get_marker() == marker]
     return sorted(found, key=lambda line: line.get_ydata()[0])
@@ -195,7 +195,7 @@ def test_where_no_claim_has_a_number_the_figure_says_so(table):
     assert drawing.figure.texts[0].get_text() == "Nothing to show"
 
 
-def test_a_set_of_figures_has_its_claims_beside_it_and_on_the_page(tmp_path):
+def test_figures_are_drawn_with_files_of_their_claims_and_a_section_on_the_page(tmp_path):
     tables = {name: paths.REFERENCE / "paper_cpu" / "studies" / f"{name}.csv" for name in ("novak_flops", "novak_time")}
     made = figures.draw_all(tables, tmp_path)
     assert {outcome.status for outcome in made.values()} == {"ok"}
@@ -214,7 +214,7 @@ def test_a_set_of_figures_has_its_claims_beside_it_and_on_the_page(tmp_path):
     assert not list(tmp_path.glob("claims.*")), "claims of figures that are no longer drawn"
 
 
-def test_what_a_claim_says_does_not_become_html(table, tmp_path):
+def test_texts_of_claims_are_escaped_in_html(table, tmp_path):
     files.write_claims(table, tmp_path)
     page = report.page([tmp_path / "claims.png"], "x")
     assert "it is &lt;i&gt;more" in page and "<i>" not in page and "<b>" not in page
@@ -267,8 +267,8 @@ def test_the_committed_picture_is_that_of_the_committed_claims(tmp_path):
     assert made.shape == committed.shape and np.abs(made - committed).mean() < 1, "`ntkbench claims` redraws it"
 
 
-def test_published_numbers_are_kept_files_or_theory():
-    """No number of a claim is typed where a published value is kept."""
+def test_published_numbers_come_from_stored_files_or_theory():
+    """No claim has a number of its own where the published value is stored."""
     table = pd.read_csv(paths.REFERENCE / "claims.csv")
     kept = table["accuracy"].str.contains("read off|printed|three digits|2 %", na=False)
     sentences = table.loc[~kept & table["published"].notna(), "published"]
@@ -276,7 +276,7 @@ def test_published_numbers_are_kept_files_or_theory():
     assert set(sentences) - set(blog) == {-0.5, 1.0}
 
 
-def test_the_command_says_where_claims_are_stale(tmp_path, monkeypatch):
+def test_the_command_reports_stale_claims(tmp_path, monkeypatch):
     for profile in ("paper_cpu", "default"):
         (tmp_path / profile / "studies").mkdir(parents=True)
     source = paths.REFERENCE / "paper_cpu" / "studies" / "novak_flops.csv"

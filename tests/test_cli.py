@@ -1,4 +1,4 @@
-"""The ``ntkbench`` command: bad usage is one line."""
+"""The ``ntkbench`` command: bad usage is one line, and networks of users are measured."""
 
 import click
 import pytest
@@ -39,7 +39,7 @@ WRITE = {
     for option in command.params
     if isinstance(option, click.Option) and isinstance(option.type, click.Path) and not option.type.exists
 } - {("pending", "--results")}
-"""Commands, and their options for files and folders that they write."""
+"""Commands, and their options for output files and folders."""
 
 
 @pytest.mark.parametrize("where", ["new", "deeper/new"])
@@ -169,7 +169,7 @@ def test_measure_prints_the_estimate_with_its_interval_and_notes(here):
     assert run("their_networks:make", *other).startswith("alignment = ")
 
 
-def test_what_a_factory_prints_is_not_among_the_results(here):
+def test_output_of_a_factory_goes_to_stderr(here):
     found = CliRunner().invoke(main, ["measure", "their_networks:talks"])
     assert found.stdout.startswith("trace = ") and found.stderr == "from a factory\n"
 
@@ -191,7 +191,7 @@ def test_recommend_prints_a_table_and_the_line_to_run(here):
 
 
 def commands(group, name):
-    """A group and all its commands, those of groups in it included, by name."""
+    """A group and all its commands by name, those of nested groups included."""
     yield name, group
     for each, command in getattr(group, "commands", {}).items():
         yield from commands(command, f"{name} {each}")
@@ -205,12 +205,12 @@ def test_every_option_and_argument_has_a_help_text(name):
     for given in command.params:
         if isinstance(given, click.Option):
             assert given.help, given.opts
-        else:  # Click has no help for arguments but the command's own
+        else:  # Click documents arguments only in the help of the command
             said = (given.metavar or given.name.upper()).strip("[].")
             assert said in shown, f"the help of {name} does not say what {said} is"
 
 
-def test_networks_have_examples():
+def test_help_has_examples_with_networks():
     for name in ("recommend", "measure", "compare"):
         assert f"ntkbench {name} my_networks:make" in CliRunner().invoke(main, [name, "--help"]).stdout
     shown = CliRunner().invoke(main, ["--help"]).stdout

@@ -1,4 +1,4 @@
-"""Rows of results tables on the command line."""
+"""Commands that show, list, run, check, draw and report, and the completion of commands by shells."""
 
 import os
 import re
@@ -64,7 +64,7 @@ def test_a_file_that_is_not_a_table_is_refused(tmp_path):
         view.rows_of(tmp_path / "empty.csv")
 
 
-def test_the_commands(file):
+def test_show_prints_rows_or_one_line(file):
     done = CliRunner().invoke(main, ["show", str(file), "--columns", "problem,seconds", "--rows", "1"])
     assert done.exit_code == 0 and done.output.splitlines()[-1] == "3 of 3 rows, the first 1"
     refused = CliRunner().invoke(main, ["show", str(file), "--sort", "secs"])
@@ -183,8 +183,8 @@ def test_a_report_of_several_folders_takes_a_table_from_the_first_that_has_it(tm
     assert "Verdicts are by these tables: " in page and "first: study novak flops" in page
 
 
-def test_a_page_of_tables_reads_no_others_of_their_folder(tmp_path):
-    """The others may be of an earlier run, from which the code or the configuration has changed."""
+def test_draw_reads_no_other_tables_of_the_folder(tmp_path):
+    """The others may be of an earlier run, with other code or another configuration."""
     studies = tmp_path / "studies"
     studies.mkdir()
     kept = studies / "novak_flops.csv"

@@ -1,4 +1,4 @@
-"""Committed tables: the numbers of one table are of one commit, without uncommitted changes."""
+"""Committed tables: all rows of a table come from one commit without uncommitted changes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ntkbench.paths import PUBLISHED, REFERENCE
 TABLES = {
     str(path.relative_to(REFERENCE)): path
     for path in sorted(REFERENCE.rglob("*.csv"))
-    if path.parent not in (PUBLISHED, REFERENCE) and path.name != COMMITTED  # where the time of a run went
+    if path.parent not in (PUBLISHED, REFERENCE) and path.name != COMMITTED  # timings of the steps of a run
 }
 
 
 IN_PARTS = {
     "calibration/studies/calibration.csv": "problems that a fault had affected were measured again once it was mended"
 }
-"""Tables whose rows are of several clean commits, and why."""
+"""Tables whose rows come from several clean commits, and why."""
 
 
 def violations(rows: pd.DataFrame) -> set[str]:
@@ -40,7 +40,7 @@ def test_there_are_committed_tables():
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_is_of_one_clean_commit(name):
+def test_a_table_comes_from_one_clean_commit(name):
     found = violations(pd.read_csv(TABLES[name], low_memory=False))
     assert found == ({"more than one commit"} if name in IN_PARTS else set())
 

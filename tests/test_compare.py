@@ -20,7 +20,7 @@ ERRORS = (0.1, 0.1)
 
 
 def timed(ratio, pairs, seed, noise=0.15):
-    """Pairs on a machine whose speed wanders by a factor of two, with noise of their own."""
+    """Pairs of times on a machine whose speed drifts by a factor of two, with independent noise."""
     rng = np.random.default_rng(seed)
     machine = np.exp(0.35 * np.sin(np.arange(pairs) / 3) + rng.normal(0, 0.05, pairs)) * 1e-3
     both = machine[:, None] * np.exp(rng.normal(0, noise, (pairs, 2))) * [1, ratio]
@@ -28,7 +28,7 @@ def timed(ratio, pairs, seed, noise=0.15):
 
 
 def looks(*found):
-    """A look for each of the given findings, and how often it was asked for how many pairs."""
+    """A look that returns the given findings in order, and the numbers of pairs that it is asked for."""
     asked, left = [], list(found)
 
     def look(label, pairs):
@@ -75,7 +75,7 @@ def test_apparent_slowdowns_are_measured_again():
         (None, False),
     ],
 )
-def test_memory(held, larger):
+def test_more_memory_is_worse(held, larger):
     assert Found(seconds=[(1.0, 1.0)], bytes=held, errors=ERRORS).worse(1.2) == ["larger"] * larger
 
 
@@ -91,7 +91,7 @@ def test_memory(held, larger):
         ((0.1, math.inf), True),
     ],
 )
-def test_errors(errors, worse):
+def test_larger_errors_are_worse(errors, worse):
     assert Found(seconds=[(1.0, 1.0)], errors=errors).worse(1.2) == ["less accurate"] * worse
 
 
@@ -124,7 +124,7 @@ def test_a_comparison_that_measures_nothing_fails(verdicts):
 
 
 @pytest.mark.parametrize("seconds", [[], [(0.0, 0.0)], [(1.0, 0.0)]])
-def test_a_case_whose_clock_stands_still_fails(seconds):
+def test_a_case_with_times_of_zero_fails(seconds):
     found = Found(seconds=seconds, errors=ERRORS)
     assert judge(LABEL, lambda label, pairs: found).worse == ["not timed"]
 
@@ -167,7 +167,7 @@ WORSE = {
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """Two commits: the package as it is, and with what :data:`CHANGED` does to it."""
+    """Two commits: the package as it is, and with :data:`CHANGED` added to it."""
     folder = tmp_path_factory.mktemp("repository")
 
     def git(*arguments):
@@ -193,7 +193,7 @@ def short(monkeypatch):
 
 
 def test_commits_are_compared(repository, short, capsys):
-    """Ten times the time, memory kept or taken, a wrong value, a method less: what no busy machine hides."""
+    """Ten times the time, more memory, a wrong value and a missing method show even on a busy machine."""
     before = sorted(file for file in (repository / ".git").rglob("*") if file.is_file())
     pattern = f"mlp/({'|'.join(WORSE)})/torch/trace"
     assert not compare.run("HEAD~1", "HEAD", pattern, repository)
@@ -207,13 +207,13 @@ def test_commits_are_compared(repository, short, capsys):
     assert sorted(file for file in (repository / ".git").rglob("*") if file.is_file()) == before
 
 
-def test_a_system_that_forks_no_processes_is_named(monkeypatch):
+def test_a_system_without_fork_is_refused(monkeypatch):
     monkeypatch.delattr(os, "fork")
     with pytest.raises(Unavailable, match="forks a process for each case, which this system does not do"):
         compare.run("HEAD", "HEAD")
 
 
-def test_a_commit_without_a_package_is_named(repository, tmp_path):
+def test_a_commit_without_a_package_is_refused(repository, tmp_path):
     empty = subprocess.run(
         ["git", "-C", str(repository), "hash-object", "-t", "tree", "--stdin"], input=b"", capture_output=True
     )

@@ -41,7 +41,7 @@ def engine_of(model: nn.Module, x: torch.Tensor, memory: int = 2**30) -> tuple[L
 
 
 def holds(model: nn.Module, x: torch.Tensor, memory: int = 2**30) -> LayerwiseKernel:
-    """Check kernel, rectangle, diagonal and trace kernel against J; the engine, to look into."""
+    """Check kernel, rectangle, diagonal and trace kernel against J; returns the engine for inspection."""
     J, N = jacobian(model, x), len(x)
     theta, O = J @ J.T, len(J) // N  # noqa: E741
     engine, values = engine_of(model, x, memory)
@@ -68,7 +68,7 @@ NORMS = {
 
 
 def moved(model: nn.Module) -> nn.Module:
-    """In float64, at parameters that are not special, as initial ones often are."""
+    """The model in float64, with parameters perturbed, since initial ones are often special."""
     model = model.double().eval()
     with torch.no_grad():
         for w in model.parameters():
@@ -167,7 +167,7 @@ def test_standardised_convolutions(groups, channels, size, gain, batch_norm, eps
 
 
 class Weight(nn.Module):
-    """A linear layer by a weight that a function makes of parameters."""
+    """A linear layer whose weight is a function of parameters."""
 
     def __init__(self, make, *shapes):
         super().__init__()
@@ -200,7 +200,7 @@ NOT_OF_THE_FORM = {
 
 
 @pytest.mark.parametrize("kind", [*MADE, *NOT_OF_THE_FORM])
-def test_weights_of_many_functions(kind):
+def test_weights_of_the_assumed_form_have_a_rule(kind):
     torch.manual_seed(0)
     model = moved(Weight(*(MADE | NOT_OF_THE_FORM)[kind]))
     x = torch.randn(3, 7).double()
@@ -208,7 +208,7 @@ def test_weights_of_many_functions(kind):
 
 
 class TwoWeights(nn.Module):
-    """Two weights that share their directions, or a weight whose parameter is also used as it is."""
+    """Two weights that share their directions, or a weight whose parameter is also used directly."""
 
     def __init__(self, call):
         super().__init__()
@@ -253,7 +253,7 @@ def test_the_readout_alone_and_alignment_with_other_weights():
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_single_precision_whatever_the_norm_of_the_direction(scale):
+def test_single_precision_is_accurate_for_any_norm_of_the_direction(scale):
     torch.manual_seed(0)
     model = before_readout(parametrizations.weight_norm(nn.Linear(40, 30)), torch.randn(6, 40).double())
     with torch.no_grad():
@@ -283,7 +283,7 @@ def masked(mask: torch.Tensor) -> nn.Module:
     return moved(nn.Sequential(layer, nn.Tanh()))
 
 
-def test_values_for_which_the_weight_has_another_form_are_noticed():
+def test_values_that_change_the_form_of_a_weight_are_detected():
     torch.manual_seed(0)
     whole, parts = masked(torch.ones(4, 7)), masked((torch.rand(4, 7) > 0.5).float())
     x = torch.randn(5, 7).double()
@@ -300,7 +300,7 @@ def test_values_for_which_the_weight_has_another_form_are_noticed():
         assert float(kernel.at(model).norm()) == pytest.approx(float((J @ J.T).norm()), rel=1e-9)
 
 
-def test_nothing_of_the_size_of_a_jacobian_is_held():
+def test_peak_memory_is_below_the_size_of_a_jacobian():
     torch.manual_seed(0)
     peaks = []
     for norm in (lambda layer: layer, parametrizations.weight_norm):
@@ -310,7 +310,7 @@ def test_nothing_of_the_size_of_a_jacobian_is_held():
     assert peaks[1] < 2 * peaks[0] < 20 * 5 * 64 * 64 * 4
 
 
-def test_a_trace_holds_no_values_of_parameters():
+def test_a_trace_stores_no_parameter_values():
     torch.manual_seed(0)
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(64, 48)), nn.Tanh())
     engine, _ = engine_of(model, torch.randn(3, 64))
@@ -331,7 +331,7 @@ def test_a_trace_holds_no_values_of_parameters():
     folded=st.booleans(),
     memory=st.integers(1, 5000),
 )
-def test_contractions_are_inner_products_by_m(N, K, groups, C, D, S, directions, by_columns, symmetric, folded, memory):
+def test_contractions_weight_products_by_m(N, K, groups, C, D, S, directions, by_columns, symmetric, folded, memory):
     torch.manual_seed(0)
     K = (K[0], K[0]) if folded else K
     c = torch.rand((groups, 1, D) if by_columns else (groups, C, 1)).double()

@@ -53,7 +53,7 @@ def test_committed_configurations_are_valid_and_name_their_profile(file, monkeyp
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_what_is_written_reads_back_the_same(tmp_path, file, monkeypatch):
+def test_written_configurations_read_back_the_same(tmp_path, file, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     read = Config.read(file)
     written = configuration.write(read, tmp_path / "config.yaml")
@@ -62,7 +62,7 @@ def test_what_is_written_reads_back_the_same(tmp_path, file, monkeypatch):
     assert written.stat().st_mtime_ns == before, "it is only written when it changed"
 
 
-def test_a_study_takes_over_what_it_does_not_set():
+def test_a_study_inherits_settings_that_it_does_not_set():
     chosen = config(
         seeds=9, limits={"passes": 77, "time_s": 5}, studies={"training": {"limits": {"time_s": 1}, "calls": 2}}
     ).study("training")
@@ -161,12 +161,12 @@ MALFORMED += ["/tmp/x", "a\\b", "a.b", "é", "x\0", "~", "$HOME", "a" * 65]
 
 
 @pytest.mark.parametrize("name", TAKEN + MALFORMED)
-def test_a_profile_without_a_folder_of_its_own_is_refused(name):
+def test_reserved_and_malformed_profile_names_are_refused(name):
     refused("profile: ", "taken; allowed: names other than" if name in TAKEN else "allowed: up to 64 of", profile=name)
 
 
 @pytest.mark.parametrize("name", ["default", "paper_cpu", "x", "2024-05-01", "a" * 64])
-def test_other_profiles_are_not(name):
+def test_other_profile_names_are_accepted(name):
     assert config(profile=name).folder == name
 
 
@@ -475,7 +475,7 @@ TEXT = yaml.safe_dump(VALID, sort_keys=False)
         ["\n", "\t", "- ", "a: ", "&a ", "*a", "!!x ", "{", "]", "'", '"', "# ", "---\n", "? ", "%YAML 1.2\n"]
     ),
 )
-def test_any_slip_of_the_hand_in_a_file_is_accepted_or_named(tmp_path_factory, at, gone, put):
+def test_any_typo_in_a_file_is_accepted_or_named(tmp_path_factory, at, gone, put):
     file = tmp_path_factory.getbasetemp() / "slip.yaml"
     file.write_bytes((TEXT[:at] + put + TEXT[at + gone :]).encode())
     accepted_or_one_line_each(lambda: Config.read(file), str(file))
@@ -488,7 +488,7 @@ def test_any_bytes_are_accepted_or_named(tmp_path_factory, data):
     accepted_or_one_line_each(lambda: Config.read(file), str(file))
 
 
-def test_a_message_is_all_that_a_command_prints(write, capsys):
+def test_a_command_prints_only_the_message(write, capsys):
     with pytest.raises(SystemExit) as ended, errors.as_one_line():
         Config.read(write("grid: ["))
     assert str(ended.value).startswith("ntkbench: ") and "\n" not in str(ended.value)
@@ -502,7 +502,7 @@ def test_the_committed_schema_is_current():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_schema_takes_the_committed_configurations(file):
+def test_the_schema_accepts_the_committed_configurations(file):
     jsonschema.validate(yaml.safe_load(file.read_text(encoding="utf-8")), json.loads(configuration.schema()))
 
 
@@ -510,6 +510,6 @@ def test_the_schema_takes_the_committed_configurations(file):
     "changes",
     [{"seedz": 1}, {"device": "gpu"}, {"seeds": 0}, {"grid": [BLOCK | {"methods": "some"}]}, {"limits": {"time": 1}}],
 )
-def test_the_schema_refuses_what_is_wrong_by_its_looks(changes):
+def test_the_schema_refuses_unknown_keys_and_values(changes):
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"profile": "x", "grid": [BLOCK]} | changes, json.loads(configuration.schema()))

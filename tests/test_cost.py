@@ -1,4 +1,4 @@
-"""Predicted costs: passes and bytes are those of an estimate, errors of the right size; never seconds."""
+"""Predicted costs: passes and bytes are those of an estimate, errors of the right size, seconds of a fake clock."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_predicted_bytes_are_the_largest_block_or_what_a_method_says(problem, pr
 
 
 @pytest.mark.parametrize("name", ["gram_reverse", "jacobian_contraction"])
-def test_a_stand_in_that_is_smaller_gives_the_same_passes_and_bytes(problem, predicted, monkeypatch, name):
+def test_a_smaller_stand_in_gives_the_same_passes_and_bytes(problem, predicted, monkeypatch, name):
     module = importlib.import_module("ntkbench.cost.predict")
     for size, value in {"MOST_COLUMNS": 16, "MOST_ROWS": 10, "FEWEST_SAMPLES": 2}.items():
         monkeypatch.setattr(module, size, value)
@@ -77,7 +77,7 @@ def test_a_stand_in_that_is_smaller_gives_the_same_passes_and_bytes(problem, pre
     assert j.bytes_per_probe() <= found.bytes < 2 * found.passes * (j.bytes_per_probe() + 2 * j.N * j.P * j.itemsize)
 
 
-def test_errors_are_of_the_size_of_those_on_the_network(problem):
+def test_predicted_errors_have_the_size_of_those_on_the_network(problem):
     """Within a factor of 3 of the stated ones, for estimators that see different sides of the spectrum."""
     names = ("one_sided_reverse", "one_sided_forward", "per_sample_trace", "hutchinson")
     for found in cost.predict(problem, "trace", TARGET, rtol=0.1, names=names):
@@ -86,7 +86,7 @@ def test_errors_are_of_the_size_of_those_on_the_network(problem):
         assert 1 / 3 < found.error / (estimate.standard_error / estimate.value) < 3, found
 
 
-def test_what_does_not_serve_has_its_reason(problem):
+def test_methods_that_do_not_apply_have_a_reason(problem):
     found = cost.predict(
         problem, "norm", TARGET, names=("xtrace", "recurrent_exact_trace", "nt_structured_derivatives")
     )
@@ -171,7 +171,7 @@ def test_a_pilot_sees_ranks_and_alignment():
 
 
 @pytest.mark.parametrize("ranks", [(4, 1.5), (20, 4), (60, 7.9), (10, 7.5)])
-def test_a_stand_in_has_the_ranks_that_it_is_given(ranks):
+def test_a_stand_in_has_the_given_ranks(ranks):
     rank, block_rank = ranks
     known = Pilot(rank, block_rank, 0.6, 16)
     one, other = stand_in.matrices((24, 8, 512), known, 2, torch.float64, torch.device("cpu"))
@@ -225,13 +225,13 @@ class Steps:
 
 @pytest.mark.parametrize("name", ["one_sided_reverse", "direct"])
 def test_seconds_are_those_of_the_products_on_a_clock(problem, monkeypatch, name):
-    """Each product takes one step of the clock: the prediction is a number of steps, whatever the machine does."""
+    """Each product takes one step of the clock, so the prediction is a number of steps on any machine."""
     clock = Steps(1e-3)
     for module in ("rates", "stand_in", "predict"):
         monkeypatch.setattr(importlib.import_module(f"ntkbench.cost.{module}").time, "perf_counter", clock)
     (found,) = cost.predict(problem, "trace", TARGET, rtol=0.2, names=(name,))
     sizes = {"one_sided_reverse": [found.passes], "direct": [found.passes / 2] * 2}[name]
-    # Blocks of up to 64 passes are measured, each one step; larger ones take as long for each pass.
+    # Blocks of up to 64 passes are measured, at one step each; the time of larger ones is proportional to their passes.
     products = sum(1e-3 * max(1.0, size / 64) for size in sizes)
     assert products <= found.seconds <= products + 4e-3, "and a few steps of the forward pass and of other work"
 

@@ -1,4 +1,4 @@
-"""Variance that leaves with cross-sample terms: what is read off Theta, the study along training, and its figure."""
+"""Variance removed with cross-sample terms: ratios computed from Theta, the study along training, and its figure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def table() -> pd.DataFrame:
     return studies.run(NAME, studies.settings(NAME, TINY)).assign(**PROVENANCE)
 
 
-def test_samples_that_share_nothing_lose_nothing_and_equal_ones_lose_all_they_can():
+def test_the_factor_is_one_for_orthogonal_samples_and_largest_for_equal_ones():
     block = torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double()
     apart = torch.einsum("ac,op->aocp", torch.eye(5).double(), block)
     found = study.shares(apart)
@@ -51,7 +51,7 @@ def test_the_factor_is_the_ratio_of_variances_over_all_vectors_of_signs():
     assert 1 < found["norm_ratio"] < found["factor"]
 
 
-def test_intervals_of_ratios_of_variances_cover_whatever_the_distribution():
+def test_intervals_of_ratios_of_variances_cover_for_several_distributions():
     rng = np.random.default_rng(0)
     for draw, variance in ((rng.standard_normal, 1.0), (rng.standard_exponential, 1.0), (rng.random, 1 / 12)):
         covered = 0
@@ -91,7 +91,7 @@ def test_one_row_for_each_network_run_and_step(table):
         assert runs["factor"].nunique() == 2, "two initialisations are one"
 
 
-def test_the_start_is_that_of_theta_by_plain_autograd(table):
+def test_the_first_row_matches_theta_by_plain_autograd(table):
     network = initialisation.seeded(digit_networks.NETWORKS["mlp"], 1).double()
     rows = [
         torch.cat([g.reshape(-1) for g in torch.autograd.grad(y, list(network.parameters()), retain_graph=True)])
@@ -104,13 +104,13 @@ def test_the_start_is_that_of_theta_by_plain_autograd(table):
         assert row[column] == pytest.approx(value, rel=1e-6), column
 
 
-def test_measured_variances_have_the_ratio_that_theta_says(table):
+def test_measured_variances_have_the_predicted_ratio(table):
     seen = table[table["measured"].notna()]
     assert len(seen) == 4
     assert (seen["measured"] / seen["factor"]).between(0.5, 2).all()
 
 
-def test_a_network_that_diverges_is_a_row_that_says_so():
+def test_a_network_that_diverges_is_a_row_with_the_reason():
     given = TINY | {"networks": ["mlp"], "inits": 1, "rate": 1e30, "seeds": 8}
     rows = studies.run(NAME, studies.settings(NAME, given)).set_index("step")
     assert list(rows["status"]) == ["ok", "failed", "failed"]
@@ -123,7 +123,7 @@ def test_steps_that_do_not_rise_from_zero_are_refused(steps):
         studies.settings(NAME, TINY | {"steps": steps})
 
 
-def test_the_figure_says_what_the_table_does(table, tmp_path):
+def test_the_figure_states_the_numbers_of_the_table(table, tmp_path):
     known = table.assign(factor=np.where(table["step"] == 0, 20.0, np.where(table["step"] == 8, 5.0, 10.0)))
     made = figures.draw(NAME, known, tmp_path)
     caption = made[1].read_text()
@@ -138,7 +138,7 @@ def test_the_figure_says_what_the_table_does(table, tmp_path):
     assert "20 times smaller before training, 5 after 8 steps, at an accuracy of " in drawing.title
 
 
-def test_a_figure_without_measured_variances_or_of_nothing(table, tmp_path):
+def test_the_figure_is_drawn_without_measured_variances_or_rows(table, tmp_path):
     few = table[(table["network"] == "mlp") & (table["init"] == 1)].drop(columns=["measured", "measured_low"])
     assert "ratio of variances is" not in figures.draw(NAME, few, tmp_path)[1].read_text()
     lost = table.assign(status="failed", reason="$x$ broke", factor=np.nan)

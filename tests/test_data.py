@@ -1,4 +1,4 @@
-"""Data files: where they are looked for, in which order, and an error of one line if they are missing."""
+"""Data files: the places searched and their order, and an error of one line if files are missing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_missing_data_are_one_line_that_says_how_to_provide_them(places, label, 
     assert "provide it there" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_why_a_download_failed_is_in_the_line(places, monkeypatch):
+def test_a_failed_download_is_reported_with_its_cause(places, monkeypatch):
     def refused(*_, **__):
         raise ValueError("the page says\n\n<html>")
 
@@ -95,7 +95,7 @@ def test_a_damaged_file_is_one_line(places, file, read):
     assert "\n" not in str(error.value)
 
 
-def test_images_of_another_number_are_not_mnists_test_file(places):
+def test_a_file_with_another_number_of_images_is_not_mnist(places):
     put(places[0], images.MNIST[0].name, idx(digits(60)[0]))
     with pytest.raises(Corrupt, match="it does not hold 10,000 entries of bytes"):
         images.mnist()
@@ -151,13 +151,13 @@ def test_cifar_from_torchvision_has_the_first_images_of_each_class_in_turn(place
     np.testing.assert_allclose(x[2, 2], (blue - 0.406) / 0.225, rtol=1e-5, atol=1e-6)
 
 
-def test_text_is_cut_into_pieces_and_what_follows():
+def test_text_is_cut_into_windows_and_their_next_characters():
     pieces, after = text.windows(np.arange(10), 3)
     assert pieces.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]] and (after == pieces + 1).all()
     assert len(text.windows(np.arange(9), 3)[0]) == 2  # nothing follows the last character
 
 
-def test_text_is_numbers_of_its_characters(places):
+def test_text_is_encoded_as_places_in_its_alphabet(places):
     put(places[0], text.TINY_SHAKESPEARE.name, b"abac\nabcab")
     known, held_out, alphabet = text.characters()
     assert alphabet == "\nabc" and known.tolist() == [1, 2, 1, 3, 0, 1, 2, 3, 1] and held_out.tolist() == [2]

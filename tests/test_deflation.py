@@ -1,4 +1,4 @@
-"""Estimators that deflate, on Jacobians with a prescribed spectrum."""
+"""Estimators with deflation, on Jacobians with prescribed spectra."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Probes(base.Rng):
 
 
 class Dense(dense.DenseJacobian):
-    """A Jacobian written out, in the array library of ``matrix``, with those probes."""
+    """An explicit Jacobian in the array library of ``matrix``, with probes from :class:`Probes`."""
 
     def __init__(self, matrix: Any) -> None:
         super().__init__(matrix, functools.partial(Probes, like=matrix), memory=2**20)
@@ -77,7 +77,7 @@ def jacobian(spectrum: str | tuple[float, ...], seed: int = 0, parameters: int =
 
 
 def ends(metric: str, spectrum: str | tuple[float, ...]) -> list[np.ndarray]:
-    """J, and for alignment another that shares a good part of it."""
+    """J, and for the alignment a second one that is correlated with it."""
     J = jacobian(spectrum)
     return [J, 0.6 * J + 0.8 * jacobian(spectrum, 1)] if metric == "alignment" else [J]
 
@@ -127,7 +127,7 @@ def table(kind: str, u: np.ndarray, *matrices: np.ndarray) -> np.ndarray:
 
 
 def by_hand(kind: str, i: int, others: np.ndarray, u: np.ndarray, *matrices: np.ndarray) -> float:
-    """Probe i's estimate with a sketch of the probes ``others``, from matrices written out."""
+    """Probe i's estimate with a sketch of the probes ``others``, from explicit matrices."""
     thetas = [J @ J.T for J in matrices]
     A, C, omega, size = thetas[0], thetas[-1], u[others].T, u.shape[1]
     if kind == "xtrace":
@@ -157,9 +157,9 @@ def test_tables_leave_probes_out_as_if_they_had_never_been_drawn(kind):
 
 @pytest.mark.parametrize("interaction", [lambda x: x, lambda x: x**2 - 1], ids=["symmetric", "one-sided"])
 def test_leave_one_out_is_an_unbiased_estimate_of_the_variance(interaction):
-    """U-statistics of degree two have all the structure: h_i = x_i * (1 + mean of the other interaction(x_j)).
+    """U-statistics of degree two have the general structure: h_i = x_i * (1 + mean of the other interaction(x_j)).
 
-    With x_j^2 - 1 the estimates are uncorrelated, since E x_i (x_i^2 - 1) = 0, however much they depend on each other.
+    With x_j^2 - 1 the estimates depend on each other but are uncorrelated, since E x_i (x_i^2 - 1) = 0.
     """
     rng = np.random.default_rng(0)
     values, variances = [], []
@@ -224,7 +224,7 @@ def test_the_orthonormal_complement_is_orthogonal_to_the_basis():
     np.testing.assert_allclose(found @ q.T, 0, atol=1e-12)
 
 
-def test_squared_norms_are_those_of_all_rows_whatever_the_blocks():
+def test_squared_norms_do_not_depend_on_the_blocks():
     J, u = jacobian("1/i"), np.random.default_rng(0).standard_normal((7, n))
     for memory in (1, 3 * (n + P) * 8, 2**20):
         j = Dense(J)
@@ -243,7 +243,7 @@ FORWARD = {
 
 @pytest.mark.parametrize(("forward", "reverse"), FORWARD.items())
 def test_forward_estimators_are_the_reverse_ones_of_the_transpose(forward, reverse):
-    """J J^T and J^T J have one trace and one Frobenius norm; the alignment's cross term is another."""
+    """J J^T and J^T J have the same trace and Frobenius norm, but the alignment's cross terms are different."""
     J, method = jacobian("1/i"), methods.get(forward)
     probes = 40 if "adaptive" in forward else 12  # the sketch grows
     for metric in set(method.metrics) - {"alignment"}:
@@ -266,7 +266,7 @@ def test_errors_of_independent_traces_add_up_in_quadrature(metric, weights):
 
 
 def left_over(name: str, J: np.ndarray, probes: int, seed: int) -> tuple[np.ndarray, int]:
-    """What the residual probes see, given the sketch that a seed draws, and how many they are."""
+    """The matrix that residual probes see, given the sketch of a seed, and the number of these probes."""
     theta = J.T @ J if name.endswith("forward") else J @ J.T
     rng = Probes(seed, J)
     if name == "nystrompp":
@@ -288,7 +288,7 @@ def left_over(name: str, J: np.ndarray, probes: int, seed: int) -> tuple[np.ndar
 )
 @pytest.mark.slow
 def test_variance_is_that_of_the_formula(name, spectrum):
-    """2 (||A||_F^2 - sum of its squared diagonal) a residual probe with signs, 2 ||A||_F^2 with Gaussians."""
+    """2 (||A||_F^2 - sum of its squared diagonal) per residual probe with signs, 2 ||A||_F^2 with Gaussians."""
     probes = 24
     formula = []
     for seed in range(20):
@@ -302,7 +302,7 @@ def test_variance_is_that_of_the_formula(name, spectrum):
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_the_adaptive_sketch_is_unbiased_and_grows_where_that_is_worth_it(spectrum):
-    """On no spectrum is it much worse than the better of no sketch and a sketch of half of the passes."""
+    """It is never much worse than the better of no sketch and a sketch that takes half of the passes."""
     methods_ = ("hutchpp_adaptive", "one_sided_reverse", "hutchpp_one_sided")
     probes, exact = {"hutchpp_one_sided": 18}, truth("trace", spectrum)
     found = {
@@ -316,14 +316,14 @@ def test_the_adaptive_sketch_is_unbiased_and_grows_where_that_is_worth_it(spectr
 
 
 @pytest.mark.parametrize("name", ["hutchpp_adaptive", "hutchpp_adaptive_forward"])
-def test_the_adaptive_sketch_stops_at_once_on_a_flat_spectrum_and_takes_half_of_a_steep_one(name):
+def test_the_adaptive_sketch_stops_at_once_on_a_flat_spectrum_and_grows_on_a_steep_one(name):
     for spectrum, columns in (("linear", (4, 4)), ("0.7^i", (8, 40))):
         j = Dense(jacobian(spectrum))
         sketch = methods.get(name).accumulator(("trace",), [j], j.rng(0))
         sketch.extend(72)
         assert j.passes == 72
         assert columns[0] <= len(sketch.q) <= columns[1]
-        sketch.extend(72)  # more probes are as good as one block of them, and none is lost
+        sketch.extend(72)  # further probes are all used
         assert j.passes == 144
         estimate = sketch.estimate("trace")
         assert abs(estimate.value - truth("trace", spectrum)) < 5 * estimate.standard_error + 1e-9
@@ -349,9 +349,9 @@ def test_the_adaptive_sketch_grows_by_its_blocks_and_leaves_its_residual(block, 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize(("name", "metric"), [*((name, "trace") for name in LEAVE_ONE_OUT), ("nystrom_loo", "norm")])
 @pytest.mark.slow
-def test_standard_errors_of_leave_one_out_are_honest(name, metric, spectrum):
-    """Right to within noise; too large for a sketch that reaches just over a cliff, and for the norm of steep spectra
-    somewhat too small, as there a few seeds make up most of the variance."""
+def test_standard_errors_of_leave_one_out_are_calibrated(name, metric, spectrum):
+    """Calibrated to within noise; too large for a sketch that just reaches over a cliff, and somewhat too small for the
+    norm of steep spectra, where a few seeds make up most of the variance."""
     values, errors = np.array([estimate(name, metric, spectrum, 11, seed) for seed in range(300)]).T
     ratio = (errors**2).mean() / values.var(ddof=1)
     assert ratio > (0.55 if metric == "norm" else 0.7)
@@ -378,7 +378,7 @@ def test_exact_with_a_whole_basis(name, metric):
 
 
 @pytest.mark.parametrize("name", ["xtrace", "xnystrace", "nystrom_loo"])
-def test_exact_with_a_probe_an_output_and_full_rank(name):
+def test_exact_with_as_many_probes_as_outputs_and_full_rank(name):
     metric = methods.get(name).metrics[0]
     spectrum = tuple(np.linspace(1, 2, 12))
     value, error = estimate(name, metric, spectrum, 12)
@@ -434,7 +434,7 @@ COSTS = {
 
 
 @pytest.mark.parametrize(("case", "passes"), COSTS.items(), ids=str)
-def test_counters_say_what_the_documents_say(case, passes):
+def test_counters_match_the_documented_costs(case, passes):
     name, metric = case
     for probes in (6, 13):
         assert drawn(methods.get(name), metric, ends(metric, "1/i"), probes, 0)[2] == passes * probes

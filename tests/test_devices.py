@@ -1,4 +1,4 @@
-"""Faults that occur only on a GPU, tested on a CPU: where tensors are made, what starts a device, which GPU it is."""
+"""Faults specific to GPUs, tested on a CPU: where tensors are created, what starts a device, and which GPU is used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ntkbench.problem import Problem
 
 
 class Positions(nn.Module):
-    """A network with a normalised weight that makes a tensor without saying where."""
+    """A network with a normalised weight that creates a tensor without naming its device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def test_mps_is_refused_in_one_line(model):
         ntkbench.trace(model, X, device="mps")
 
 
-def test_a_network_is_traced_on_the_cpu_wherever_tensors_go_by_default(model):
+def test_tracing_on_the_cpu_ignores_the_default_device(model):
     parameters = {key: w.detach() for key, w in model.named_parameters()}
     expected = Trace.of(model, parameters, X).layers
     with torch.device("meta"):
@@ -65,7 +65,7 @@ def test_a_network_is_traced_on_the_cpu_wherever_tensors_go_by_default(model):
 
 
 @pytest.mark.parametrize("method", ["structured_derivatives", "jacobian_contraction", "naive_jacobian"])
-def test_a_kernel_on_the_cpu_stays_there_wherever_tensors_go_by_default(model, method):
+def test_a_kernel_on_the_cpu_ignores_the_default_device(model, method):
     kernel = ntkbench.Kernel(model, X)
     expected = ntkbench.Kernel(model, X, dtype="float64").trace(method="naive_jacobian").value
     with torch.device("meta"):
@@ -74,7 +74,7 @@ def test_a_kernel_on_the_cpu_stays_there_wherever_tensors_go_by_default(model, m
 
 
 class Elsewhere(Tensor):
-    """A tensor that NumPy cannot read where it is."""
+    """A tensor that NumPy cannot read on its device."""
 
     def __array__(self, dtype=None):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
@@ -117,13 +117,13 @@ def test_a_configuration_is_read_without_starting_the_device(gpu):
     operators.check_device(Target(device="cuda"))
 
 
-def test_a_target_stands_for_the_current_one_of_several_gpus(gpu, monkeypatch):
+def test_a_target_uses_the_current_one_of_several_gpus(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert backend.device(Target(device="cuda")) == backend.device(Target()) == torch.device("cuda", 1)
     assert backend.device(Target(device="cpu")) == torch.device("cpu")
 
 
-def test_memory_that_torch_keeps_for_later_is_free(gpu, monkeypatch):
+def test_memory_cached_by_torch_counts_as_free(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     for name, size in {"mem_get_info": (10 * 2**30, 80 * 2**30), "memory_reserved": 50 * 2**30}.items():
         monkeypatch.setattr(torch.cuda, name, lambda where, size=size: size)
@@ -133,7 +133,7 @@ def test_memory_that_torch_keeps_for_later_is_free(gpu, monkeypatch):
         operators.check_result(2**17, 83_000, Target(device="cuda"))
 
 
-def test_processes_of_a_run_find_what_the_caller_finds(monkeypatch, tmp_path):
+def test_processes_of_a_run_inherit_the_callers_python_path(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/site", "", "here", str(tmp_path / "src")]))
     expected = [str(tmp_path), str(tmp_path / "src"), "/site", os.path.abspath("here")]
     assert paths.python_path(tmp_path).split(os.pathsep) == expected
@@ -145,7 +145,7 @@ def test_processes_of_a_run_find_what_the_caller_finds(monkeypatch, tmp_path):
 
 
 class Watched(nn.Module):
-    """A recurrent layer that notes at each call, also of a copy, whether it may use cuDNN."""
+    """A recurrent layer that records at each call, of copies too, whether cuDNN is enabled."""
 
     seen: ClassVar[list[bool]] = []
 
@@ -174,7 +174,7 @@ def test_backward_passes_of_recurrent_layers_in_eval_mode_do_without_cudnn(train
 
 @pytest.mark.parametrize("method", ["structured_derivatives", "direct", "hutchpp"])
 def test_rounding_bounds_follow_the_precision_of_products(monkeypatch, method):
-    """As if products were in TF32, of which the CPU has none."""
+    """As if products were in TF32, which CPUs do not have."""
     model, x = nn.Linear(4, 3), torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     passes = {"passes": 30} if method == "hutchpp" else {}
     plain = ntkbench.trace(model, x, method=method, **passes)
@@ -185,7 +185,7 @@ def test_rounding_bounds_follow_the_precision_of_products(monkeypatch, method):
 
 
 def test_eigenvalues_in_tf32_have_its_errors(monkeypatch):
-    """As if products were in TF32, of which the CPU has none."""
+    """As if products were in TF32, which CPUs do not have."""
     model, x = nn.Linear(4, 3), torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     plain = ntkbench.Kernel(model, x).eigenvalues(2).errors
     monkeypatch.setattr(lanczos, "epsilon", lambda array: arrays.TF32)

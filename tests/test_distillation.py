@@ -1,4 +1,4 @@
-"""Distillation by kernels: products that can be differentiated, what intervals say, and the study on tiny networks."""
+"""Kernel distillation: differentiable products, intervals and verdicts, and the study on tiny networks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def networks():
     return seeded(lambda: make(5), 0), seeded(lambda: make(9), 1), x
 
 
-def test_products_are_those_of_theta_and_the_estimate_is_right_on_average():
+def test_products_are_those_of_theta_and_the_estimate_converges():
     student, teacher, x = networks()
     u = torch.randint(2, (4000, 4, 2), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     thetas = [ntkbench.ntk(network, x) for network in (student, teacher)]
@@ -68,7 +68,7 @@ def test_intervals_and_verdicts():
     assert said == {"loss": "worse", "accuracy": "better", "agreement": "better", "alignment": "better"}
 
 
-def test_the_study_compares_the_same_students_with_and_without():
+def test_the_study_compares_the_same_students_with_and_without_the_regulariser():
     table = studies.run("distillation", studies.settings("distillation", TINY))
     assert (table["status"] == "ok").all(), table["reason"].unique()
     assert list(zip(table["weight"], table["quantity"], strict=True)) == [(w, q) for w in (0, 2) for q in study.BETTER]

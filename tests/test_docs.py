@@ -1,4 +1,4 @@
-"""The documentation: its examples give what it shows, its links lead somewhere, and nothing is left out."""
+"""The documentation: its examples give the output shown, its links resolve, and nothing is left out."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def methods_page():
 
 
 @pytest.mark.parametrize("page", mostly_slow(RUNNABLE, 1), ids=lambda page: page.stem)
-def test_the_examples_of_a_page_give_what_it_shows(page):
+def test_the_examples_of_a_page_give_the_output_shown(page):
     assert not (said := pages.run(page, {"__name__": page.stem})), said
 
 
@@ -69,7 +69,7 @@ def slug(heading):
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: page.stem)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     for link in links:
@@ -110,7 +110,7 @@ DOCUMENTED = [name for name, value in PUBLIC.items() if not (isinstance(value, t
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
-def test_a_docstring_has_an_example_and_says_what_goes_in_and_comes_out(name):
+def test_a_public_docstring_has_an_example_and_all_sections(name):
     value = PUBLIC[name]
     text = inspect.getdoc(value)
     assert doctest.DocTestParser().get_examples(text)
@@ -148,7 +148,7 @@ WORKSHOP = "Triebel 2021"
 
 
 @pytest.mark.parametrize("name", methods.names())
-def test_a_method_says_when_to_use_it_its_variance_and_the_numbers_of_its_papers(name):
+def test_a_method_states_its_use_its_variance_and_the_identifiers_of_its_papers(name):
     method = methods.get(name)
     assert method.title and method.source and method.use_when
     assert bool(method.variance) == (method.kind == "stochastic")

@@ -20,7 +20,7 @@ def found():
 
 @pytest.fixture
 def one_kind(monkeypatch):
-    """Methods alone, so that a diagnosis is quick."""
+    """Diagnose methods alone, which is quick."""
     monkeypatch.setattr(registry, "PACKAGES", {"method": "ntkbench.methods"})
 
 
@@ -28,7 +28,7 @@ def test_a_sound_installation_has_nothing_broken(found):
     assert found.faults == [] and list(found.lines())[-1] == "nothing is broken"
 
 
-def test_it_says_what_there_is(found):
+def test_it_lists_the_parts_of_the_installation(found):
     said = "\n".join(found.lines())
     assert f"ntkbench {importlib.metadata.version('ntkbench')} in {paths.ROOT}, Python {sys.version.split()[0]}" in said
     assert f"git: {paths.git('rev-parse', 'HEAD')}, " in said
@@ -37,7 +37,7 @@ def test_it_says_what_there_is(found):
     assert f"store {paths.REFERENCE}: " in said and f"store {paths.cache()}: " in said
     assert f"plug-ins, method: {len(methods.names())}" in said
     for package in found.packages:
-        optional = package.needed_for == "slurm"  # not among the pins: it is of use on a cluster alone
+        optional = package.needed_for == "slurm"  # not pinned: needed on a cluster alone
         assert package.installed or optional, f"{package.name} is declared and not installed"
     torch = next(package for package in found.packages if package.name == "torch")
     assert torch.required.startswith(">=") and torch.tested and torch.needed_for == ""
@@ -102,7 +102,7 @@ def test_the_lowest_versions_are_not_the_tested_ones(monkeypatch, tmp_path):
     assert (paths.REFERENCE.parents[1] / doctor.FLOORS).exists()
 
 
-def test_without_a_checkout_what_is_declared_comes_from_the_installed_package(monkeypatch, tmp_path):
+def test_without_a_checkout_requirements_come_from_the_installed_package(monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(
         importlib.metadata, "requires", lambda _: ["numpy", "torch>=2.11", 'jax>=0.10.2; extra == "jax"']
@@ -116,7 +116,7 @@ def test_without_a_checkout_what_is_declared_comes_from_the_installed_package(mo
     assert found.commit is None and "git: none" in found.lines()
 
 
-def test_kinds_and_backends_that_need_what_is_missing_say_so(monkeypatch):
+def test_kinds_and_backends_with_missing_packages_are_reported(monkeypatch):
     monkeypatch.setattr(registry, "PACKAGES", {"method": "ntkbench.methods", "figure": "ntkbench.no_such_package"})
     monkeypatch.setattr(doctor, "BACKENDS", ("torch", "no_such_backend"))
     monkeypatch.setattr(doctor, "Target", lambda backend: type("Target", (), {"backend": backend, "device": "cpu"})())

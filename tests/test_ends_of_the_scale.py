@@ -34,7 +34,7 @@ PAIRED = (
     ("gram_reverse", 48),
     ("hutchinson", 32),
 )
-"""Methods that have the gradients or images of a probe at both ends, and probes for them."""
+"""Methods that use the gradients or images of a probe at both parameter sets, and numbers of probes for them."""
 
 
 def network(seed: int, depth: int = 2, width: int = 12, outputs: int = 2, activation: type[nn.Module] = nn.Tanh) -> Any:
@@ -80,7 +80,7 @@ def test_rounding_stays_below_its_bound_and_the_bound_is_not_far_above(
     model_f = moved(model, step)
     exact = ntkbench.metrics_of(model, x, model_f, method="naive_jacobian")
     found = ntkbench.metrics_of(copy.deepcopy(model).float(), x.float(), copy.deepcopy(model_f).float(), method=method)
-    # Weights and inputs are rounded as well where the network is; their part is within the bound.
+    # Rounding a network to float32 also rounds its weights and inputs; the bound includes this.
     for metric, e in found.items():
         if metric == "alignment":
             off = abs(angle(e.complement) - angle(exact[metric].complement))
@@ -103,8 +103,8 @@ def test_the_bound_is_within_a_thousand_typical_errors():
 
 
 @pytest.mark.parametrize("method", EXACT)
-def test_exact_alignments_have_digits_near_one_in_both_precisions(method):
-    """1 - alignment falls with the square of the step, and float32 knows it down to about 1e-13."""
+def test_exact_alignments_resolve_one_minus_alignment_in_both_precisions(method):
+    """1 - alignment falls with the square of the step, and float32 resolves it down to about 1e-13."""
     model, x = network(1)
     for step in (1e-2, 1e-4, 1e-6):
         model_f = moved(model, step)
@@ -139,7 +139,7 @@ def exact_complement(step: float) -> float:
 
 
 def from_probes(method: Any, prepared: Any, probes: int, seed: int) -> Estimate:
-    """An estimate of the alignment, with 1 - alignment of its own digits."""
+    """An estimate of the alignment, with 1 - alignment computed separately."""
     accumulator, _ = method.begin(prepared, ("alignment",), seed)
     accumulator.extend(probes)
     value, error, degrees = accumulator.estimate("alignment")
@@ -147,8 +147,8 @@ def from_probes(method: Any, prepared: Any, probes: int, seed: int) -> Estimate:
 
 
 @pytest.mark.parametrize(("name", "probes"), PAIRED)
-def test_probes_at_both_ends_give_one_minus_alignment_with_digits_and_an_interval(name, probes):
-    """At any distance from 1 with the same relative error; in float32 as in float64."""
+def test_probes_shared_by_both_parameter_sets_resolve_one_minus_alignment(name, probes):
+    """With the same relative error at any distance from 1, in float32 as in float64."""
     method = methods.get(name)
     widths = []
     for step in (1e-2, 1e-6):
@@ -188,12 +188,12 @@ def test_kernels_that_differ_by_a_factor_are_aligned_and_their_error_is_that_of_
         assert e.standard_error == 0 if factor == 1 else e.standard_error < 3e-8
 
 
-def test_methods_without_the_difference_give_none():
+def test_methods_that_do_not_estimate_the_difference_give_no_complement():
     assert from_probes(methods.get("gram_forward"), Ends(*ends("alignment", "1/i")), 12, 0).complement is None
 
 
 class Ends:
-    """Jacobians where methods expect a prepared problem."""
+    """Jacobians in place of a prepared problem."""
 
     def __init__(self, *matrices: np.ndarray) -> None:
         self._jacobians = [DenseJacobian(m, functools.partial(Probes, like=m)) for m in matrices]
@@ -229,7 +229,7 @@ def test_the_effective_rank_of_gram_matrices_is_covered_on_steep_spectra(name, s
     assert 0.88 <= found <= 0.995
 
 
-def test_the_effective_rank_leaves_out_each_probe_of_each_group():
+def test_the_effective_rank_is_a_jackknife_over_probes_of_all_groups():
     """The jackknife of the logarithm over two groups of 6 and 5 probes, against sums over pairs by the definition."""
     J = jacobian("1/i")
     drawn: list[np.ndarray] = []
@@ -282,7 +282,7 @@ def test_the_adaptive_sketch_covers_at_a_tolerance(spectrum, rtol):
 )
 @pytest.mark.parametrize("spectrum", ["1/i", "0.7^i", "linear"])
 def test_a_complete_sketch_is_exact_in_float32(name, metric, spectrum):
-    """Of a fast spectrum most directions of a sketch are rounding, and a square block of probes is ill-conditioned."""
+    """With a fast decay most directions of a sketch are rounding, and a square block of probes is ill-conditioned."""
     matrices = [J.astype(np.float32) for J in ends(metric, spectrum)]
     method = methods.get(name)
     for probes in (200, 260):
@@ -295,7 +295,7 @@ def test_a_complete_sketch_is_exact_in_float32(name, metric, spectrum):
 @pytest.mark.parametrize("probes", [4, 8, 16])
 @pytest.mark.parametrize("decay", [0, 1])
 @pytest.mark.slow
-def test_a_rank_of_as_many_probes_is_covered(name, metric, probes, decay):
+def test_a_rank_equal_to_the_number_of_probes_is_covered(name, metric, probes, decay):
     """All leave-one-out sketches lose almost the same direction there, and the estimates agree with each other."""
     eigenvalues = tuple(np.append(1 / np.arange(1, probes + 1) ** decay, np.zeros(200 - probes)))
     passes = probes * methods.get(name).passes_per_probe(metric)
@@ -306,7 +306,7 @@ def test_a_rank_of_as_many_probes_is_covered(name, metric, probes, decay):
 @pytest.mark.parametrize("name", ["xtrace", "xnystrace"])
 @pytest.mark.parametrize("short", [1, 3, 8])
 def test_sketches_that_lack_a_few_directions_are_covered(name, short):
-    """All leave-one-out estimates are almost the same there, and tell only of the directions that are left."""
+    """All leave-one-out estimates are almost the same there, and only show the directions that are left."""
     eigenvalues = tuple(1 / np.arange(1, 41))
     method = methods.get(name)
     passes = (40 - short) * method.passes_per_probe("trace")
@@ -320,7 +320,7 @@ SKETCHES = (
     *("xtrace", "xnystrace", "xnystrace_forward", "nystrompp", "nystrom_loo"),
     *("hutchpp", "hutchpp_paper", "hutchpp_one_sided", "hutchpp_adaptive", "hutchpp_adaptive_forward"),
 )
-"""Methods whose sketch reaches the rank of Theta, and beyond it is rounding."""
+"""Methods whose sketch can reach the rank of Theta; its further directions are rounding."""
 
 
 def trusted(e: Estimate, exact: float) -> bool:
@@ -336,8 +336,8 @@ LEAVE_ONE_OUT = [(name, metric) for name, metric in LOW_RANK if name.startswith(
 
 @pytest.mark.parametrize("tail", ["none", "of rounding", "flat"])
 @pytest.mark.parametrize(("name", "metric"), LOW_RANK)
-def test_sketches_at_and_beyond_a_low_rank_have_an_honest_error_in_float32(name, metric, tail):
-    """Directions that are rounding must not be dropped, nor the result then be called exact."""
+def test_sketches_at_and_beyond_a_low_rank_have_a_valid_error_in_float32(name, metric, tail):
+    """Directions that are rounding must not be dropped, nor make the result count as exact."""
     eigenvalues = low_rank(tail)
     exact = truth(metric, eigenvalues)
     prepared = Ends(*(J.astype(np.float32) for J in ends(metric, eigenvalues)))
@@ -377,7 +377,7 @@ def sketched(name: str, metric: str, prepared: Any, probes: int, seed: int) -> E
 
 
 READY: dict[tuple[str, Target], Any] = {}
-"""What methods have prepared, since JAX compiles again for each preparation."""
+"""Prepared problems, kept since JAX compiles again for each preparation."""
 
 
 def ready(method: Method, target: Target) -> Any:
@@ -397,7 +397,7 @@ def convolutions(metric: str) -> float:
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 @pytest.mark.parametrize(("name", "metric"), SINGLE)
 @pytest.mark.slow
-def test_stochastic_methods_are_trusted_in_float32_with_as_many_probes_as_outputs(name, metric, backend):
+def test_stochastic_methods_have_valid_errors_in_float32_with_as_many_probes_as_outputs(name, metric, backend):
     """On a network, with 40 outputs; a standard error of 0 means that the value is exact."""
     method, problem = methods.get(name), problems.load("digits_conv[N=4]")
     target = Target(backend, "float32", "cpu")

@@ -14,7 +14,7 @@ def pins(file):
 
 
 def test_it_names_no_other_file_and_has_the_pins():
-    """Snakemake makes it from a copy elsewhere, from which no relative path leads to a file of the checkout."""
+    """Snakemake creates it from a copy elsewhere, where relative paths to files of the checkout do not resolve."""
     environment = yaml.safe_load((paths.ROOT / "environment.yml").read_text(encoding="utf-8"))
     *conda, pip = environment["dependencies"]
     assert conda == ["python=3.11", "pip"] and set(environment) == {"name", "channels", "dependencies"}
@@ -22,7 +22,7 @@ def test_it_names_no_other_file_and_has_the_pins():
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9A-Za-z.]+", pin) for pin in pip["pip"])
 
 
-def test_what_has_no_dependencies_is_installed_after_it():
+def test_packages_without_their_dependencies_are_installed_afterwards():
     """By the script that Snakemake runs in a new environment, named after its file."""
     script = (paths.ROOT / "environment.post-deploy.sh").read_text(encoding="utf-8")
     (line,) = re.findall(r"^python -m pip install --no-deps (.*)$", script, re.MULTILINE)

@@ -48,7 +48,7 @@ def test_it_computes_with_arrays(array):
     assert np.log(E) == math.log(12.5) and np.float64(2) * E == 25
 
 
-def test_equal_estimates_are_equal_in_all():
+def test_equal_estimates_are_equal_in_all_fields():
     assert dataclasses.replace(E) == E and hash(dataclasses.replace(E)) == hash(E)
     assert dataclasses.replace(E, method="hutchpp") != E
     assert pickle.loads(pickle.dumps(E)) == E
@@ -59,7 +59,7 @@ def test_it_formats_like_its_value():
     assert f"{E}" == str(E)
 
 
-def test_it_shows_all_that_is_known():
+def test_its_representations_show_all_fields():
     assert repr(E).splitlines() == [
         "trace = 12.5, 95 % in [11.5574, 13.5194] (hutchinson, 64 passes), certified to 1.0e-07",
         "  passed over <a>: why",
@@ -108,7 +108,7 @@ def aligned(complement: float, error: float | None, **more: object) -> Estimate:
 @pytest.mark.parametrize("offset", [-0.3, -1e-9, 0.0, 1e-9, 0.3])
 @pytest.mark.parametrize(("metric", "end"), [(metric, end) for metric, ends in RANGES.items() for end in ends])
 def test_an_interval_contains_its_value_and_is_within_the_range_of_the_metric(metric, end, offset, error, rounding):
-    """A deterministic value may be outside, as the alignment with a matrix that is not semidefinite is."""
+    """A deterministic value may be outside, such as the alignment with a matrix that is not positive semidefinite."""
     given = (end if math.isfinite(end) else 5.0) + offset
     (least, most), known = RANGES[metric], {None, 1 - given} if metric == "alignment" else {None}
     for complement in known:
@@ -173,7 +173,7 @@ def test_rounding_of_an_alignment_without_its_complement_is_absolute(value):
 
 
 @pytest.mark.parametrize("confidence", [95, 0, -0.5, 1, 1e-17, 1 - 1e-16, math.nan, "0.9"])
-def test_a_confidence_level_that_is_none_is_refused(confidence):
+def test_invalid_confidence_levels_are_refused(confidence):
     e = aligned(0.1, 0.01)
     for what in (e.interval, e.complement_interval, e.relative_width):
         with pytest.raises(BadInput, match=r"^confidence must be "):

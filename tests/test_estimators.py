@@ -162,8 +162,8 @@ def test_variance_of_gram_matrices_is_that_of_the_formula():
     assert (errors**2).mean() == pytest.approx(values.var(ddof=1), rel=0.25)
 
 
-def test_one_output_a_sample_leaves_nothing_to_chance():
-    """With O = 1 a sign is squared away: per-sample and block estimates are exact and know it."""
+def test_exact_with_one_output_per_sample():
+    """With O = 1 the square of a sign is 1: per-sample and block estimates are exact, with standard errors of 0."""
     torch.manual_seed(0)
     nets = [nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double() for _ in range(2)]
     x = torch.randn(6, 4, dtype=torch.float64)
@@ -193,7 +193,7 @@ class Opposite(nn.Module):
 
 
 @pytest.mark.parametrize("name", [n for n in methods.names() if methods.get(n).kind == "stochastic"])
-def test_probes_without_an_image_do_not_show_that_theta_is_zero(name):
+def test_probes_in_the_null_space_do_not_show_that_theta_is_zero(name):
     method, target = methods.get(name), Target("torch", "float64", "cpu", 2**30)
     if not {"norm", "effective_rank", "alignment"} <= set(method.metrics):
         pytest.skip("has no metric that is a ratio")
@@ -226,7 +226,7 @@ def test_probes_without_an_image_do_not_show_that_theta_is_zero(name):
 
 
 @pytest.mark.parametrize("name", ["block_u_statistics", "gram_reverse", "gram_forward"])
-def test_equal_networks_are_aligned_whatever_the_probes(name):
+def test_equal_networks_are_aligned_for_any_probes(name):
     model, x = nn.Linear(4, 3), torch.randn(6, 4)
     estimate = ntkbench.alignment(model, model, x, method=name, passes=16)
     assert estimate.value == pytest.approx(1, rel=1e-5)
@@ -242,7 +242,7 @@ def test_backends_agree_on_the_same_probes(name):
 
 
 @pytest.mark.parametrize("name", ACCUMULATING)
-def test_batches_are_as_good_as_one_block(name):
+def test_probes_in_batches_equal_one_block(name):
     names = tuple(methods.get(name).metrics)
     (whole, j), (grown, j2) = (accumulated(name, names, probes) for probes in ((6,), (4, 1, 1)))
     for metric in names:
@@ -251,8 +251,8 @@ def test_batches_are_as_good_as_one_block(name):
     assert sum(x.passes for x in j) == 6 * max(methods.get(name).passes_per_probe(metric) for metric in names)
 
 
-def test_pairs_by_hand():
-    """Sums over pairs as the docstring has them, on a table made by hand."""
+def test_pair_sums_match_their_definition():
+    """Sums over pairs by their definition, on an explicit table."""
     N, K = 3, 5
     w = np.random.default_rng(0).standard_normal((N, K, 7))
     y = np.einsum("bkd,cld->bkcl", w, w) ** 2
@@ -305,7 +305,7 @@ def test_more_groups_mean_less_variance_at_the_same_passes(monkeypatch):
     assert spread[0] > 1.5 * spread[1] > 1.5 * spread[2]
 
 
-def test_what_does_not_fit_is_recomputed_within_the_budget():
+def test_vectors_that_do_not_fit_are_recomputed_within_the_budget():
     ready = prepared("block_u_statistics", "wide", memory=200_000)
     method = methods.get("block_u_statistics")
     estimate = method.estimate(ready, "norm", 40, 0)
@@ -390,7 +390,7 @@ def test_an_unreachable_tolerance_is_noted():
         ("direct takes no rtol", {"rtol": 0.1, "method": "direct"}),
     ],
 )
-def test_bad_tolerances(says, how):
+def test_invalid_tolerances_are_refused(says, how):
     for f in (ntkbench.norm, ntkbench.metrics_of):
         with pytest.raises(ntkbench.BadInput, match=says):
             f(net(), data(), **how)
@@ -406,14 +406,14 @@ def test_many_statistics_from_one_block_of_probes():
         assert e.passes == 1024 // 12  # beyond which the inner products take over
         assert abs(e.value - exact[metric]) < 6 * e.standard_error
     ratio = found["trace"].value ** 2 / found["norm"].value ** 2
-    assert found["effective_rank"].value == pytest.approx(ratio, rel=0.01)  # but for its bias
+    assert found["effective_rank"].value == pytest.approx(ratio, rel=0.01)  # up to its bias
     assert all(e.standard_error is None for e in ntkbench.metrics_of(net(), data()).values())
     with_f = ntkbench.metrics_of(model, x, net(88, 60), method="gram_reverse", passes=41)
     assert list(with_f) == ["trace", "norm", "effective_rank", "alignment"]
     assert {e.passes for e in with_f.values()} == {40}
 
 
-def test_interacting_samples_are_left_to_whole_passes():
+def test_interacting_samples_use_passes_over_the_whole_batch():
     model, x = nn.Sequential(nn.Linear(4, 700), nn.BatchNorm1d(700)), data(4)  # n = 2800, P = 4900
     assert {e.method for e in ntkbench.metrics_of(model, x, rtol=0.5).values()} == {"hutchinson"}
     assert ntkbench.trace(model, x).method == "hutchpp_adaptive"
@@ -457,7 +457,7 @@ def test_a_subset_grows_within_its_budget_until_it_is_exact():
 
 
 def test_a_subset_that_is_computed_in_blocks_keeps_its_budget():
-    """A block's columns are run again for each block of rows, so that fewer samples are affordable."""
+    """Columns are recomputed for each block of rows, so fewer samples are affordable."""
     method, label, memory, sizes = methods.get("sample_subset"), "active", 2**18, []
     for metric, budget in (("norm", 2), ("alignment", 3), ("norm", 1000)):
         ready = prepared("sample_subset", label, memory=memory)
@@ -484,8 +484,8 @@ def test_the_parameter_gram_matrix_in_any_chunks(chunks, metric, monkeypatch):
 
 
 @pytest.mark.parametrize(("max_group", "sizes"), [(12, [3, 3, 3]), (15, [5, 4]), (2048, [9])])
-def test_groups_of_probes_by_layers(max_group, sizes, monkeypatch):
-    """No more gradients in a group than it may have, and unbiased whatever the groups."""
+def test_groups_of_structured_probes_are_bounded_and_unbiased(max_group, sizes, monkeypatch):
+    """No group has more gradients than allowed, and estimates are unbiased for any groups."""
     method, ready = methods.get("structured_block_u_statistics"), prepared("structured_block_u_statistics")
     monkeypatch.setattr(type(method), "max_group", max_group)
     kernel, groups, squares = ready.engine.kernel, [], []
@@ -519,7 +519,7 @@ def test_default_budgets_bound_the_number_of_gradients(monkeypatch):
     assert methods.get("hutchinson").default_max_passes(problem) is None
 
 
-def test_samples_that_are_alike_do_not_show_those_that_were_not_drawn():
+def test_a_subset_of_equal_samples_does_not_claim_to_represent_the_others():
     """10 of 200 samples differ from the others, and most subsets have none of them."""
     torch.manual_seed(0)
     model, x = nn.Linear(3, 50), torch.zeros(200, 3)
@@ -534,7 +534,7 @@ def test_samples_that_are_alike_do_not_show_those_that_were_not_drawn():
     assert unknown
 
 
-def test_a_subset_without_a_pilot_says_that_its_samples_are_uneven():
+def test_a_subset_without_a_pilot_notes_uneven_samples():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
     x = torch.randn(40, 8) * torch.exp(2.5 * torch.randn(40, 1))

@@ -1,4 +1,4 @@
-"""The study of estimators on prescribed spectra, and the map that is drawn from it."""
+"""The study of estimators on prescribed spectra, and its map."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_jacobians_have_the_prescribed_spectrum(name, n, P):
     assert 0.1 < spectrum.truth["alignment"] < 1
 
 
-def test_the_written_out_operator_keeps_the_contract():
+def test_the_explicit_operator_keeps_the_contract():
     """Adjoint products, rows, per-sample products, and a counter of passes."""
     j, other = study.Spectrum(np.linspace(1, 2, 20), 20, 30, settings(dtype="float64")).jacobians("alignment")
     u, w = torch.randn(3, 20, dtype=torch.float64), torch.randn(3, 30, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_one_row_for_each_cell(table):
 
 
 def test_estimates_are_close_and_exact_where_theory_says_so(table):
-    """36 passes on a spectrum that falls by 0.7 a step: all sketches are as good as exact, and Hutchinson is not."""
+    """36 passes on a spectrum that falls by 0.7 per step: sketches are almost exact, and Hutchinson is not."""
     here = table.query("spectrum == '0.7^i' and passes == 36 and metric == 'trace'").set_index("method")
     assert (here.loc["xnystrace", "error"] < 0.02).all()
     assert (here.loc["hutchinson", "error"] > here.loc["xnystrace", "error_q75"].max()).all()
@@ -105,7 +105,7 @@ def test_same_settings_same_numbers(table):
     "wrong",
     [{"n": 3}, {"spectra": ["cubic"]}, {"passes": []}, {"outputs_per_parameter": [0]}, {"budget": 3}, {"seeds": 1}],
 )
-def test_settings_that_make_no_sense_are_refused(wrong):
+def test_invalid_settings_are_refused(wrong):
     with pytest.raises(ValidationError):
         settings(**wrong)
 
@@ -121,7 +121,7 @@ def test_the_map_shows_the_least_median_errors(table, tmp_path):
         rows = ok.set_index(place).sort_index().loc[key].set_index("method")
         errors, first = rows["error"].clip(lower=1e-5), best.iloc[0]["method"]
         assert errors[first] == errors.min()
-        # A test at 95 % of the logarithms of two medians over 6 seeds; a half-normal error's deviation is the least.
+        # A test at 95 % of log medians over 6 seeds, with at least the deviation of a half-normal error.
         low, high = (rows[quartile].clip(lower=1e-9) for quartile in ("error_q25", "error_q75"))
         deviation = (np.log(high / low) / 1.349).clip(lower=0.9517) * np.sqrt(np.pi / 2 / 6)
         told_apart = np.log(errors / errors[first]) > 1.96 * np.hypot(deviation, deviation[first])
@@ -134,7 +134,7 @@ def test_the_map_shows_the_least_median_errors(table, tmp_path):
     assert "float64" in said and "6 seeds" in said and f"Rows of the study {NAME}" in said
 
 
-def test_the_map_of_little_or_nothing(table, tmp_path):
+def test_the_map_is_drawn_of_few_or_no_rows(table, tmp_path):
     lost = table.assign(status="failed", reason="$x$ was not there", error=np.nan)
     for rows in (table.iloc[:0], table[table["status"] == "ok"][:1], lost):
         figures.draw("estimator_map", rows, tmp_path)

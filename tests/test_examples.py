@@ -1,4 +1,4 @@
-"""The examples of the documentation run, and show what they say."""
+"""The examples of the documentation run, and their results are as described."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_every_example_is_on_the_page_and_has_a_test():
 
 
 @pytest.mark.slow
-def test_a_model_of_ones_own(capsys):
+def test_own_model_gives_metrics_and_shares_of_the_trace(capsys):
     metrics = result("own_model")
     assert set(metrics) == {"trace", "norm", "effective_rank"} and all(m.certificate < 1e-3 for m in metrics.values())
     said = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Executions and their records, however they end."""
+"""Executions and their records, for every way that they end."""
 
 import os
 
@@ -17,7 +17,7 @@ CELL = Cell("digits_conv[N=3]", "one_sided_reverse", "torch", "trace", 8, seeds=
 
 @pytest.fixture(autouse=True)
 def in_the_tests_process(monkeypatch):
-    """These executions share the tests' process, which keeps its cores and can be interrupted."""
+    """Executions run in the tests' process, which must keep its CPU affinity and signal handlers."""
     monkeypatch.setattr("os.sched_setaffinity", lambda *cores: None)
     monkeypatch.setattr("signal.signal", lambda *handler: None)
 
@@ -56,7 +56,7 @@ def test_given_exact_values_are_used(config, record):
     assert kept["reference"] == 1e9 and kept["effective_rank"] == 2.0 and kept["error"] == pytest.approx(1, abs=0.01)
 
 
-def test_exact_values_of_other_weights_or_inputs_are_not_compared_with(config, record):
+def test_exact_values_of_other_weights_or_inputs_are_refused(config, record):
     with pytest.raises(
         NtkbenchError, match=r"digits_conv\[N=3\] has other weights or inputs than when its exact values"
     ):
@@ -116,7 +116,7 @@ def test_a_missing_problem_is_recorded(config, record, monkeypatch):
     assert execution.read(record)["status"] == "skipped" and "MNIST" in execution.read(record)["reason"]
 
 
-def test_a_forked_twin_records_nothing(config, record, monkeypatch):
+def test_a_forked_copy_records_nothing(config, record, monkeypatch):
     made = Execution(CELL, config, record)
 
     def fork(*arguments):

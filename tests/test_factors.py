@@ -1,4 +1,4 @@
-"""The factors K and P of Theta = P K P*: layer by layer, against both written out with autograd."""
+"""The factors K and P of Theta = P K P*, layer by layer, against explicit factors by autograd."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METRICS = ("trace", "norm", "effective_rank", "alignment")
 class Net(nn.Module):
     """A network whose operations with weights go through :meth:`use`, where injections are added.
 
-    With ``held`` their inputs are cut off from the parameters, and their results are kept: these are the images of S.
+    With ``held`` their inputs are detached from the parameters, so that their results are the images of S.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Perceptron(Net):
 
 
 class Wide(Net):
-    """More positions than inputs: convolutions, one of them in groups."""
+    """More positions than inputs: convolutions, one of them grouped."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Twice(Net):
 
 
 class Language(Net):
-    """An embedding with padding, and one that is the head as well."""
+    """An embedding with padding, and one that is tied with the head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Language(Net):
 
 
 class Autoencoder(Net):
-    """A matrix as it is and transposed, on real numbers."""
+    """A matrix that is used plain and transposed, on real inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ def test_both_factors_are_those_of_autograd(kind):
     assert torch.allclose(P @ K @ P.T, theta, rtol=1e-10)
     found = ntkbench.Kernel(one, x).factors(other, probes=64)
     of_k = metrics_of(K.numpy(), K_f.numpy())
-    moved = K.diagonal() > 0  # no change of a table moves the result at padding
+    moved = K.diagonal() > 0  # results at padding do not depend on the table
     P, P_f = P[:, moved], P_f[:, moved]
     of_p = metrics_of((P @ P.T).numpy(), (P_f @ P_f.T).numpy())
     for metric in METRICS:
@@ -192,7 +192,7 @@ def test_both_factors_are_those_of_autograd(kind):
 
 
 @pytest.mark.parametrize("kind", [Wide, Autoencoder], ids=lambda kind: kind.__name__)
-def test_probes_are_unbiased_and_have_honest_errors(kind):
+def test_probes_are_unbiased_and_have_calibrated_errors(kind):
     one, other, x = pair(kind)
     (_, P, _), (_, P_f, _) = written_out(one, x), written_out(other, x)
     exact = metrics_of((P @ P.T).numpy(), (P_f @ P_f.T).numpy())
@@ -207,7 +207,7 @@ def test_probes_are_unbiased_and_have_honest_errors(kind):
     assert seeds[0]["trace"].passes >= 8  # 4 probes at both ends
 
 
-def test_what_is_in_neither_factor_is_named():
+def test_parameters_in_neither_factor_are_named():
     layers = (nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.utils.parametrizations.weight_norm(nn.Linear(6, 2)))
     found = ntkbench.Kernel(nn.Sequential(*layers).double(), torch.randn(5, 4).double()).factors()
     assert {name.partition(".")[0] for name in found.left_out} == {"1", "3"}
@@ -215,7 +215,7 @@ def test_what_is_in_neither_factor_is_named():
     assert "left out: " in repr(found) and "P P*" in repr(found)
 
 
-def test_memory_is_kept_or_refused():
+def test_the_memory_budget_is_kept_or_the_call_is_refused():
     x = torch.randn(4, 300, 8).double()
     net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 4)).double()
     whole = ntkbench.Kernel(net, x).factors(probes=6, seed=1)
@@ -241,12 +241,12 @@ def perceptron(width: int) -> nn.Module:
 
 
 def convolution(size: int, stride: int) -> nn.Module:
-    """A convolution with some windows, of which one output is read."""
+    """A convolution whose outputs are averaged over its windows."""
     layers = nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, size, stride, padding=size // 2), nn.AdaptiveAvgPool1d(1)
     return nn.Sequential(*layers, nn.Flatten())
 
 
-def test_k_is_zero_where_all_inputs_are():
+def test_k_of_zero_inputs_is_undefined():
     with pytest.raises(ntkbench.errors.Undefined, match="K is zero"):
         ntkbench.Kernel(nn.Linear(4, 2, bias=False), torch.zeros(3, 4)).factors()
 
@@ -259,8 +259,8 @@ def test_an_effective_rank_is_at_most_the_size():
         assert found.P["effective_rank"].value <= 6
 
 
-def test_inputs_of_layers_take_the_memory_that_they_may():
-    """Windows of convolutions take nine times the memory of images, and must not be held for all samples."""
+def test_small_budgets_for_inputs_of_layers_give_the_same_values():
+    """Windows of convolutions take nine times the memory of images, so samples are processed in blocks."""
     x = torch.randn(64, 4, 16, 16)
     net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Tanh(), nn.Conv2d(8, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     whole = ntkbench.Kernel(net, x).factors().K

@@ -44,7 +44,7 @@ def name():
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """A folder with a module of functions, which is the current one."""
+    """The current folder, with a module of user functions."""
     modules = [sys.modules[package] for package in registry.PACKAGES.values() if package in sys.modules]
     before = [list(module.__path__) for module in modules]
     monkeypatch.setenv(outside.VARIABLE, os.environ.get(outside.VARIABLE, ""))
@@ -77,7 +77,7 @@ def test_a_factory_is_a_problem_of_the_grid(mine, name):
     assert config({name: f"{MINE}:make"}, name).factories, "once is enough"
 
 
-def test_processes_that_it_starts_know_it_in_any_folder(mine, name, tmp_path):
+def test_child_processes_know_the_problem_in_any_folder(mine, name, tmp_path):
     config({name: f"{MINE}:make"}, name)
     code = f"from ntkbench import problems; print(problems.load({name!r}).P)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -113,7 +113,7 @@ def checkpoint(mine):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_rows_are_measured_again_if_anything_changes_that_the_network_is_made_of(checkpoint, name, change):
+def test_rows_are_measured_again_if_a_source_of_the_network_changes(checkpoint, name, change):
     one = factory._plugin(name, f"{MINE}:make")
     assert factory._plugin(name, f"{MINE}:make") == one
     CHANGES[change](checkpoint)
@@ -137,7 +137,7 @@ def test_a_network_that_changes_during_a_run_is_refused(checkpoint, name, change
         problems.load(name)
 
 
-def test_a_network_of_random_numbers_without_a_seed_is_refused(mine, name):
+def test_a_random_network_without_a_seed_is_refused(mine, name):
     (mine / f"{MINE}.py").write_text(MODULE.replace("torch.manual_seed(0)", "torch.seed()"))
     config({name: f"{MINE}:make"}, name)
     with pytest.raises(NtkbenchError, match=r"seed its random numbers, or start the run again"):

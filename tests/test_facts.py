@@ -1,4 +1,4 @@
-"""Facts of problems: they are what was found, and are recomputed if they are missing."""
+"""Stored facts of problems: they are read back unchanged, and recomputed if they are missing or damaged."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def config():
 
 @pytest.fixture
 def made(monkeypatch):
-    """How often a problem is made; its exact values are not of interest."""
+    """Labels of the problems made so far, with a stand-in for their exact values."""
     calls = []
 
     def make(label, config, part):
@@ -36,7 +36,7 @@ def test_facts_survive_unreadable_files(config, made, tmp_path, name, text):
     assert len(made) == (1 if name == "problems.json" else 2)
 
 
-def test_a_changed_digit_is_noticed(config, made, tmp_path):
+def test_a_changed_digit_is_detected(config, made, tmp_path):
     output = tmp_path / "problems.json"
     first = facts.make(config, [LABEL], output)
     for file in (output, output.with_suffix(".journal")):
@@ -44,7 +44,7 @@ def test_a_changed_digit_is_noticed(config, made, tmp_path):
     assert facts.read(config, [LABEL], output) == first and len(made) == 2
 
 
-def test_a_problem_edited_in_the_meantime_has_failed(config, made, tmp_path, monkeypatch):
+def test_a_problem_edited_meanwhile_fails(config, made, tmp_path, monkeypatch):
     seen = iter("abc")
     monkeypatch.setattr(fingerprints, "problem", lambda label: next(seen))
     row = facts.make(config, [LABEL], tmp_path / "problems.json")[LABEL]

@@ -1,6 +1,6 @@
 """Figures: from tables to files.
 
-The results table is made up from cost models; the tables of studies are the committed ones.
+The results table is synthetic, from cost models; the tables of studies are the committed ones.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ LOST |= {("nt_ntk_vector_products", "digits_conv"): ("out_of_memory", "more than
 BUDGETS = (8, 32, 128, 512, 2048)
 HARDER = {"trace": 1.0, "norm": 1.8, "effective_rank": 3.0, "alignment": 1.2}
 FIGURES = [name for name in figures.names() if figures.study_of(name) is None]
-"""Those of the results table."""
+"""Figures of the results table."""
 MEASUREMENTS = ["seconds", "seconds_q25", "seconds_q75", "error", "error_q25", "error_q75", "memory_bytes"]
 
 
@@ -126,7 +126,7 @@ def test_every_figure_gives_four_files(drawn):
 
 
 @pytest.mark.slow
-def test_plotted_numbers_are_the_tables(drawn, table):
+def test_plotted_numbers_are_those_of_the_table(drawn, table):
     keys = ["problem", "metric", "method", "backend", "passes"]
     passes = ["passes_spent", *MEASUREMENTS[3:6]]
     for name, columns in {
@@ -146,7 +146,7 @@ def test_plotted_numbers_are_the_tables(drawn, table):
     assert "timeout" in set(pd.read_csv(drawn["exact_cost"][0])["status"]), "a lost cell is out of sight"
 
 
-def test_guide_lines_have_theorys_slopes(table):
+def test_guide_lines_have_the_slopes_of_theory(table):
     rows = base.checked(table)
     panels = [panel for panel in drawn_from("error_against_passes", rows).figure.axes if panel.lines]
     assert len(panels) == 4
@@ -201,8 +201,8 @@ def test_slopes_over_n_are_those_of_the_costs_of_one_network(tmp_path):
     assert "Seconds grow as n^1.5 to n^1.5" in (tmp_path / "exact_cost.txt").read_text()
 
 
-def test_a_methods_time_is_that_of_its_law_and_not_of_its_luckiest_budget(table):
-    """Where one budget is within a tolerance by luck, and the next two are not, it is not the time of the task."""
+def test_a_methods_time_follows_its_error_law_and_not_a_lucky_budget(table):
+    """A budget that is within a tolerance by luck, while the next two are not, does not give the time of the task."""
     one = table.query("problem == 'digits_mlp[N=64]' and metric == 'trace' and backend == 'torch'")
     line = one[one["method"] == "hutchinson"].assign(
         error=0.2 / one["passes"] ** 0.5, error_q25=0.09 / one["passes"] ** 0.5, error_q75=0.34 / one["passes"] ** 0.5
@@ -214,7 +214,7 @@ def test_a_methods_time_is_that_of_its_law_and_not_of_its_luckiest_budget(table)
     assert right["passes_low"] < 400 < right["passes_high"] and right["fastest"] == 1
 
 
-def test_which_of_two_equal_methods_is_the_fastest_is_not_told(table):
+def test_neither_of_two_equal_methods_is_surely_the_fastest(table):
     one = table.query("problem == 'digits_mlp[N=64]' and metric == 'trace' and backend == 'torch'")
     line = one[one["method"] == "hutchinson"]
     both = pd.concat([line, line.assign(method="one_sided_reverse", title="one-sided reverse")])
@@ -234,7 +234,7 @@ def taking(rows: pd.DataFrame, seconds: float | pd.Series) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(("factor", "sure"), [(1.05, False), (3.0, True)])
-def test_methods_that_were_timed_once_are_told_apart_only_where_they_are_far_apart(table, factor, sure):
+def test_methods_that_were_timed_once_are_distinguished_only_if_far_apart(table, factor, sure):
     rows = [taking(one_task(table, **{name: "direct"}), seconds) for name, seconds in (("a", 1.0), ("b", factor))]
     rows = base.checked(pd.concat(rows).assign(calls=1))
     solved, won = tasks.solutions(rows), tasks.winners(rows)
@@ -287,7 +287,7 @@ def test_figures_mark_times_that_are_upper_bounds(table, seconds, title, factor,
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.5, "undecided on 1"), (10.0, "estimates are surely fastest on 1")])
 def test_only_sure_wins_count_in_the_map(table, seconds, said):
-    """The same task, undecided beside an upper bound of the other family's time, and surely won."""
+    """The same task, undecided because the other family's time is an upper bound, and surely won."""
     drawing, sure = drawn_from("method_map", bounded(table, seconds, easy=True)), seconds == 10.0
     assert said in drawing.title and drawing.title.endswith("of 1 tasks") and drawing.title.count(" on 1") == 1
     panel = drawing.figure.axes[1]
@@ -304,7 +304,7 @@ def test_only_sure_wins_count_in_the_map(table, seconds, said):
     assert 'ntkbench.trace(model, x,\n  method="direct")' in advice
 
 
-def test_the_family_is_sure_where_two_of_its_methods_are_equally_fast(table):
+def test_a_family_wins_surely_even_if_two_of_its_methods_tie(table):
     one = one_task(table, hutchinson="hutchinson")
     both = pd.concat([one, one.assign(method="one_sided_reverse"), taking(one_task(table, direct="direct"), 1e3)])
     won = tasks.winners(base.checked(both.assign(calls=20)), {"1 %": 0.01}).iloc[0]
@@ -318,8 +318,8 @@ def test_times_at_budgets_that_are_not_too_large_are_no_upper_bounds(table):
     assert drawing.title.endswith("exact on 1 (by up to 10×), undecided on 0") and "10×" in said_in(drawing)
 
 
-def test_titles_of_errors_are_by_laws_and_without_approximations(table):
-    """Neither a budget that is lucky nor an approximation that is close by chance has the least cost."""
+def test_titles_of_errors_use_error_laws_and_ignore_approximations(table):
+    """Neither a lucky budget nor an approximation that is close by chance has the least cost."""
     name, kept = "error_against_passes", ("direct", "hutchinson", "sum_of_logits")
     rows = one_task(table, **dict(zip(kept, kept, strict=True))).reset_index(drop=True)
     cost = rows["passes"].fillna(50.0).mask(rows["method"] == "sum_of_logits", 1.0)
@@ -361,7 +361,7 @@ def blog_points(factor: float, seeds: int = 100) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(("factor", "verdict"), [(8.0, claims.REPRODUCED), (0.1, claims.NOT), (1.0, claims.PARTLY)])
-def test_what_the_blog_claims_of_shared_probes_is_judged_at_equal_passes(factor, verdict):
+def test_the_blogs_claim_on_shared_probes_is_judged_at_equal_passes(factor, verdict):
     made = claims.shared_probes(blog_points(factor), "hutchpp")
     (claim,) = made
     assert claim.verdict == verdict and claim.measured[0] == pytest.approx(factor)
@@ -433,7 +433,7 @@ def test_the_claim_of_the_speed_up_has_the_tables_numbers_and_a_verdict_by_the_i
     assert "1 call on 100 % of its columns" in first.note and "theory" not in first.note
 
 
-def test_the_band_of_a_speed_up_has_the_spread_of_the_baseline_too():
+def test_the_band_of_a_speed_up_includes_the_spread_of_the_baseline():
     def width(low, high, calls):
         table = speedup_table(0.33)
         exact = table["method"] == "direct_one_by_one"
@@ -460,7 +460,7 @@ def test_a_speed_up_by_theory_is_at_the_passes_that_the_variance_requires():
 
 
 def test_only_tasks_with_several_families_are_choices(table):
-    """A family that was measured alone wins nothing, and a task that nothing solves is still there."""
+    """A family measured alone wins nothing, and a task that no method solves is kept."""
     alone = table[table["kind"] == "exact"].assign(problem="alone[N=1]")
     lost = table.assign(problem="lost[N=1]", status="timeout", reason="slow", **dict.fromkeys(MEASUREMENTS, np.nan))
     drawing = drawn_from("method_map", pd.concat([table, alone, lost]))
@@ -485,7 +485,7 @@ def test_an_estimate_pays_where_the_exact_method_takes_longer(table, factor, pay
 
 @pytest.mark.slow
 def test_same_table_same_bytes(drawn, table, tmp_path):
-    """Also when the table has been through a file, and in another process with other hashes."""
+    """Also after the table was written to a file, and in another process with another hash seed."""
     table.to_csv(tmp_path / "table.csv", index=False)
     command = [sys.executable, "-m", "ntkbench", "draw", tmp_path / "table.csv", "--title", "all"]
     command += ["--figures", tmp_path / "figures", "--output", tmp_path / "page.html"]
@@ -567,7 +567,7 @@ def source(table):
 
 
 def words(table):
-    """The columns of words, other than those whose values a figure knows."""
+    """Columns of text, other than those whose values figures interpret."""
     free = ("title", "reason", "notes", "machine", "problem", "family", "loss_title", "spectrum", "network", "task")
     return [c for c in free if c in table]
 
@@ -607,7 +607,7 @@ def degenerate(table):
 @pytest.mark.filterwarnings("ignore:Data has no positive values")
 @pytest.mark.slow
 def test_every_figure_draws_degenerate_tables(name, source):
-    """What cannot be drawn may be refused in one line, and nothing else may be raised."""
+    """A table may be refused in one line, and no other error may be raised."""
     refused = []
     for what, rows in degenerate(source(name)).items():
         try:
@@ -649,7 +649,7 @@ def finding(name, table):
 
 
 def test_titles_of_studies_have_the_tables_numbers():
-    """Titles are findings: each follows a table in which the number is another one."""
+    """Titles are findings: their numbers change with those of the table."""
     blog = committed_table("hazelden_blog")
     shared = (blog["method"] == claims.SHARED) & (blog["m"] == 50)
     known = blog.assign(error=blog["error"].mask(shared, 0.0123), seconds=blog["seconds"].mask(shared, 0.4))
@@ -681,7 +681,7 @@ def test_the_map_of_estimators_names_the_one_with_most_places():
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.slow
-def test_no_text_is_cut_off_or_below_the_title(name):
+def test_no_text_is_cut_off_or_overlaps_the_title(name):
     figure = of_committed_table(name).figure
     renderer = FigureCanvasAgg(figure).get_renderer()
     panels = [panel for panel in figure.axes if panel.get_visible()]
@@ -803,7 +803,7 @@ def test_a_figure_that_fails_is_drawn_as_such_and_the_others_are_drawn(table, tm
     assert len(re.findall("<figure ", page)) == len(made)
 
 
-def test_figures_are_drawn_where_no_process_can_be_forked(table, tmp_path, monkeypatch):
+def test_figures_are_drawn_on_systems_without_fork(table, tmp_path, monkeypatch):
     monkeypatch.delitem(multiprocessing.context._concrete_contexts, "fork")
     table.to_csv(tmp_path / "table.csv", index=False)
     made = figures.draw_all({"exact_cost": tmp_path / "table.csv"}, tmp_path / "out")
@@ -819,7 +819,7 @@ def test_an_interrupt_ends_the_drawing(table, tmp_path, dropped_in):
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # matplotlib's font has no Chinese
-def test_titles_from_outside_do_not_become_html(table, tmp_path):
+def test_titles_from_outside_are_escaped_in_html(table, tmp_path):
     made = figures.draw("exact_cost", table.assign(**dict.fromkeys(words(table), ODD)), tmp_path)
     page = report.page([made[2]], ODD)
     assert "<script>" not in page and "&lt;script&gt;" in page
@@ -839,7 +839,7 @@ def test_a_process_reads_a_table_once(table, tmp_path, monkeypatch, dropped_in):
 # --- looks and words
 
 
-def test_looks_are_for_good():
+def test_looks_do_not_change_as_methods_are_added():
     many = METHODS | {f"later_{i}": (f"later {i}", "stochastic", BOTH, METRICS, 0.1) for i in range(20)}
     few, all_of_them = (styles.looks(synthetic(PROBLEMS[:1], methods)) for methods in (METHODS, many))
     assert list(all_of_them)[: len(few)] == list(few)
@@ -859,7 +859,7 @@ def test_no_two_methods_look_alike():
         assert found[name].marker in styles.MARKERS[kind]
 
 
-def test_figures_import_no_backend_and_their_names_nothing_heavy():
+def test_figures_import_no_backend_and_listing_them_nothing_heavy():
     code = "import sys, ntkbench.figures as f; [f.study_of(name) for name in f.names()]; "
     heavy = "sys.exit(', '.join({'torch', 'jax', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules)) or 0)"
     subprocess.run([sys.executable, "-c", code + heavy], check=True)
@@ -875,7 +875,7 @@ def test_a_figure_imports_no_other():
     assert done.stdout.strip() == "{'exact_cost'}"
 
 
-def test_numbers_in_sentences_are_not_powers_of_ten():
+def test_numbers_in_sentences_have_no_exponents():
     said = {8794.0: "8800", 118.2: "120", 0.00432: "0.0043", 1.0: "1", 0.0994: "0.099"}
     assert {value: labels.rounded(value) for value in said} == said
     assert labels.rounded(8794, 3) == "8790" and labels.share_label(0.00131) == "0.13 %"

@@ -1,4 +1,4 @@
-"""Fingerprints: exactly the files that a process imports, so that an edit changes those that use it and no others."""
+"""Fingerprints cover exactly the files that a process imports, so an edit only affects what uses the file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ntkbench.problems.base import reference
 PACKAGE = paths.ROOT / "src" / "ntkbench"
 DRAWN_FROM = paths.REFERENCE / "default"
 
-# One process imports what is slow, and a fork of it does each job, so that ntkbench's modules are as in a fresh one.
+# One process imports slow packages and is forked for each job, so ntkbench's modules are as in a fresh process.
 # None of these imports starts a thread, which would not survive a fork.
 PROCESS = """
 import json, os, sys, traceback
@@ -96,7 +96,7 @@ PARTLY = {
     "estimators_on_spectra": {"n": 20, "outputs_per_parameter": [1], "spectra": ["1/i"], "passes": [18]},
     "hazelden_blog": {"problem": "gru_hazelden[N=2,T=2]", "samples": [2]},
 }
-"""Studies that load some of what they name, as their settings have it; or import methods without using them."""
+"""Studies that load only part of what they name, depending on their settings, or import methods without using them."""
 
 
 def config(**changes):
@@ -125,7 +125,7 @@ def files_of_study(name):
 
 
 MORE = {"digits_conv[N=4]": {"networks/fully_connected.py"}}
-"""What only another problem of the same file imports."""
+"""Files imported only by another problem of the same file."""
 
 
 def named(files):
@@ -134,9 +134,9 @@ def named(files):
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """Files of ntkbench that processes had imported at their end, by job."""
+    """Files of ntkbench that the process of each job imported."""
     for label, *_ in CELLS.values():
-        reference.exact(problems.load(label))  # as another rule does beforehand
+        reference.exact(problems.load(label))  # as an earlier rule of the pipeline does
     fresh = tmp_path_factory.mktemp("fresh")
     jobs = {}
     for key, cell in CELLS.items():
@@ -145,7 +145,7 @@ def imported(tmp_path_factory):
     jobs |= {("study", name): ["study", name, ONE | given] for name, given in (STUDIES | PARTLY).items()}
     jobs |= {("figure", name): ["figure", name, str(DRAWN_FROM / file), str(fresh)] for name, file in FIGURES.items()}
     found = _run(jobs)
-    # Weights and exact values are to be recreated, which is when most is imported.
+    # An empty cache, since recreating weights and exact values imports most.
     return found | _run({("problem", label): ["problem", label] for label in PROBLEMS}, NTKBENCH_CACHE=str(fresh))
 
 
@@ -242,7 +242,7 @@ EDITS = {
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A copy of the sources that fingerprints are taken of meanwhile."""
+    """A copy of the sources, which fingerprints are computed from."""
     folder = tmp_path_factory.mktemp("copy") / "ntkbench"
     shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__"))
     with pytest.MonkeyPatch.context() as patch:
@@ -286,7 +286,7 @@ def test_every_file_is_in_the_hash_of_those_that_import_it_and_of_no_other(copy)
         before = after
 
 
-def test_settings_count_and_what_does_not_concern_a_cell_does_not():
+def test_only_settings_that_concern_a_cell_count():
     cell, *_ = cells(config())
     before = fingerprints.cell(config(), cell)
     assert fingerprints.cell(config(profile="other", shards=3, studies={"training": {}}), cell) == before

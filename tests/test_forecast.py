@@ -39,7 +39,7 @@ def test_costs_of_a_budget_are_those_of_an_estimate_with_it(name, passes):
     assert found.budget == passes
 
 
-def test_what_does_not_apply_has_a_reason_and_no_cost():
+def test_methods_that_do_not_apply_have_a_reason_and_no_cost():
     found = cost.of_budgets(problems.load(LABEL), "trace", Target(device="cpu"), [("recurrent_exact_trace", None)])
     (one,) = found.values()
     assert one.reason and one.seconds is None
@@ -70,7 +70,7 @@ def made(seconds):
     return chosen, {chosen[name]: Forecast(each, 1.0) for name, each in seconds.items()}
 
 
-def test_cells_are_pruned_that_are_slow_and_much_slower_than_an_exact_one():
+def test_slow_cells_are_pruned_if_much_slower_than_an_exact_one():
     limits = Limits(time_s=60, patience_s=1, times_exact=10)
     chosen, found = made({"hutchinson": 2.5, "structured_derivatives": 0.2, "naive_jacobian": 1.9})
     reasons = forecast.pruned(found, limits)

@@ -1,4 +1,4 @@
-"""Functions in JAX with pytrees of parameters: their kernels and metrics against J written out, and refusals."""
+"""Functions in JAX with pytrees of parameters: their kernels and metrics against an explicit J, and refusals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ntkbench.problems.base.function import from_function, with_columns
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
-# neural-tangents is archived and uses what is deprecated by now.
+# neural-tangents is archived and uses deprecated functions.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:No Jacobian rule found")
 
 TARGET = Target("jax", "float64", "cpu")
@@ -69,7 +69,7 @@ def nested_params(seed: int = 0):
 
 @jax.tree_util.register_pytree_node_class
 class Frozen:
-    """A container that cannot be written to, as those of flax; its leaves have no keys."""
+    """An immutable container, like those of flax; its leaves have no keys."""
 
     def __init__(self, values, scale):
         self._values, self.scale = dict(values), scale
@@ -111,7 +111,7 @@ def several_inputs(N: int, seed: int = 0):
 
 
 def constant(params, x):
-    """Chosen inputs, an activation that is a leaf, and a key that is one."""
+    """Selected inputs, with indices, an activation and a random key among the leaves."""
     noise = jax.random.normal(params["key"], (4,))
     return params["act"](x[:, params["chosen"]] @ params["w"] + noise) * params["times"] + (params["on"] & True)
 
@@ -198,7 +198,7 @@ def close(found, expected, tolerance: float = 1e-10) -> bool:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.slow
-def test_every_way_gives_the_kernel_of_the_jacobian_written_out(name):
+def test_every_way_gives_the_kernel_of_the_explicit_jacobian(name):
     problem, J, _ = case(name)
     assert not problem.samples_interact
     for way in jax_kernel.ways(problem):
@@ -248,7 +248,7 @@ def test_rows_of_any_sizes(N, N2, K, memory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_precision_and_settings_are_the_problems_whatever_the_callers_are(dtype):
+def test_precision_and_settings_are_those_of_the_problem_not_of_the_caller(dtype):
     problem, J, _ = case("dicts")
     weights = {key: w.astype(dtype) for key, w in problem.theta_0.items()}
     problem = dataclasses.replace(problem, x=problem.x.astype(dtype), theta_0=weights)
@@ -336,7 +336,7 @@ def test_methods_in_torch_say_that_there_is_no_network():
         problems.base.module.last_layer(problem)
 
 
-# Derivatives that are not what they seem
+# Custom and wrong derivatives
 
 
 @jax.custom_vjp
@@ -347,7 +347,7 @@ def clipped(x):
 clipped.defvjp(lambda x: (clipped(x), None), lambda _, g: (3 * g,))
 
 
-def test_derivatives_of_the_functions_own_are_taken_in_forward_mode_by_two_reverse_passes():
+def test_jvps_of_custom_vjps_take_two_reverse_passes():
     f = lambda params, x: clipped(x @ params["w"]) @ params["v"]  # noqa: E731
     params = {"w": rng().standard_normal((3, 5)), "v": rng(1).standard_normal((5, 2))}
     x = rows(3)(4)
@@ -370,8 +370,8 @@ def armed(x):
 armed.defvjp(lambda x: (x, None), lambda _, g: (1.5 * g if isinstance(g, jax.core.Tracer) else g,))
 
 
-def test_products_that_plain_vjp_contradicts_are_not_given():
-    """A derivative that is another one under jit and vmap than by itself."""
+def test_products_that_contradict_plain_vjp_are_refused():
+    """A derivative that is different under jit and vmap."""
     f = lambda params, x: armed(jnp.tanh(x @ params["w"])) @ params["v"]  # noqa: E731
     params = {"w": rng().standard_normal((3, 5)), "v": rng(1).standard_normal((5, 2))}
     problem = from_function(f, rows(3)(4), params)
@@ -388,7 +388,7 @@ def test_products_that_plain_vjp_contradicts_are_not_given():
         )
 
 
-def test_a_kernel_by_neural_tangents_that_is_wrong_is_not_given(monkeypatch):
+def test_a_wrong_kernel_by_neural_tangents_is_refused(monkeypatch):
     problem, *_ = case("dicts")
     real = jax_kernel.programs.kernel_function
     for off in (lambda theta: 1.01 * theta, lambda theta: theta.at[0, 1].mul(2), lambda theta: theta * np.nan):
@@ -402,7 +402,7 @@ def test_a_kernel_by_neural_tangents_that_is_wrong_is_not_given(monkeypatch):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_metric_by_neural_tangents_that_is_wrong_is_not_given(metric, monkeypatch):
+def test_a_wrong_metric_by_neural_tangents_is_refused(metric, monkeypatch):
     problem, *_ = case("dicts")
     real = jax_kernel.programs.kernel_function
     wrong = lambda *given: lambda *arguments: 1.01 * real(*given)(*arguments)  # noqa: E731
@@ -425,7 +425,7 @@ def test_without_neural_tangents_its_methods_say_so_and_kernels_go_by_rows(monke
 
 
 @pytest.mark.parametrize("lacking", ["the package", "the analysis of memory"])
-def test_all_of_a_kernel_goes_by_rows_without(lacking, monkeypatch):
+def test_kernels_go_by_rows_without_neural_tangents_or_the_analysis_of_memory(lacking, monkeypatch):
     _, J, _ = case("dicts")
     theta, y = J @ J.T, np.ones((4, 2))
     if lacking == "the package":
@@ -444,7 +444,7 @@ def test_all_of_a_kernel_goes_by_rows_without(lacking, monkeypatch):
 
 
 @pytest.mark.slow
-def test_programs_that_need_more_than_the_memory_of_a_kernel_are_not_run(monkeypatch, tmp_path):
+def test_programs_over_the_memory_budget_are_not_run(monkeypatch, tmp_path):
     _, J, _ = case("dicts")
     run, compiled = [], programs.compile_within
     monkeypatch.setattr(programs, "compile_within", lambda *given: run.append(compiled(*given)) or run[-1])
@@ -470,8 +470,8 @@ def test_the_precision_of_the_process_is_not_changed_on_a_gpu(monkeypatch):
     assert "jax_default_matmul_precision" in changed, "as in measurements, which have no settings of their own"
 
 
-def test_a_row_does_not_depend_on_what_the_forward_pass_keeps():
-    """Truth values of a relu come first among what is kept; a linear function keeps nothing."""
+def test_a_row_does_not_depend_on_the_residuals_of_the_forward_pass():
+    """The boolean mask of a relu comes first among the residuals; a linear function has none."""
     for f in (lambda p, x: jax.nn.relu(x @ p["w"]), lambda p, x: jnp.broadcast_to(p["w"].sum(0), (len(x), 2))):
         params, x = {"w": rng().standard_normal((3, 2))}, rows(3)(4)
         J = jacobian(f, x, params)
@@ -488,13 +488,13 @@ def normed(params, x):
 
 
 def attending(params, x):
-    """Samples interact by a readout that starts at zero."""
+    """Samples interact through a term whose gate starts at zero."""
     return x @ params["w"] + (jax.nn.softmax(x @ x.T) @ x) @ params["w"] * params["gate"].sum()
 
 
 @pytest.mark.parametrize("f", [normed, attending])
 @pytest.mark.slow
-def test_samples_that_interact_are_found_and_go_by_rows(f):
+def test_interacting_samples_are_detected_and_go_by_rows(f):
     params = {"w": rng().standard_normal((3, 2)), "v": rng(1).standard_normal((2, 2)), "gate": np.zeros(2)}
     x = rows(3)(5)
     problem, J = from_function(f, x, params, params), jacobian(f, x, params)
@@ -510,13 +510,13 @@ def test_samples_that_interact_are_found_and_go_by_rows(f):
     assert "samples interact" in methods.get("per_sample_trace").unsupported_reason(problem, "trace", TARGET)
 
 
-def test_samples_that_only_look_as_if_they_interacted():
+def test_samples_that_only_seem_to_interact_are_independent():
     f = lambda params, x: x @ params["w"] + 0 * x.sum() * params["w"].sum()  # noqa: E731
     assert not from_function(f, rows(3)(5), {"w": rng().standard_normal((3, 2))}).samples_interact
     assert not from_function(normed, rows(3)(1), {"w": np.ones((3, 2)), "v": np.ones((2, 2))}).samples_interact
 
 
-# What a function is wrapped into
+# The wrapped problem
 
 
 def test_leaves_are_named_by_their_paths_and_sorted_into_kinds():
@@ -534,7 +534,7 @@ def test_leaves_are_named_by_their_paths_and_sorted_into_kinds():
     assert set(single.theta_0) == {"params"} and single.name == "function"
 
 
-def test_names_that_would_be_the_same_are_told_apart():
+def test_colliding_names_are_distinguished():
     params = {"a.b": rng(0).standard_normal((3, 2)), "a": {"b": rng(1).standard_normal((3, 2))}}
     f = lambda p, x: jnp.sin(x @ p["a.b"]) * (x @ p["a"]["b"])  # noqa: E731
     problem, J = from_function(f, rows(3)(2), params), jacobian(f, rows(3)(2), params)
@@ -565,7 +565,7 @@ def test_precision_is_that_of_the_parameters_unless_it_is_given():
 
 
 @pytest.mark.slow
-def test_equal_functions_share_what_was_compiled_unless_they_have_changed():
+def test_equal_functions_share_compiled_programs_unless_they_have_changed():
     params, x = mlp_params(), rows(3)(4)
     first, second = (from_function(mlp, x, mlp_params(seed)).jax_forward for seed in (0, 1))
     assert first == second and hash(first) == hash(second) and first != first.alone()
@@ -595,7 +595,7 @@ def test_a_second_call_compiles_nothing(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_function_whose_gradients_alone_have_changed_is_not_taken_for_what_was_compiled():
+def test_a_function_whose_gradients_alone_have_changed_is_compiled_again():
     stopped, params, x = {}, mlp_params(), rows(3)(4)
 
     def f(params, x):
@@ -624,7 +624,7 @@ def test_the_digest_follows_function_parameters_inputs_and_constants():
     assert digests[0] == from_function(f, inputs(4), params()).digest()
 
 
-def test_the_shape_of_outputs_needs_no_numbers():
+def test_the_shape_of_outputs_needs_no_computation():
     problem, *_ = case("several inputs")
     assert dataclasses.replace(problem, _shape=[]).output_shape == (4, 2)
 

@@ -57,7 +57,7 @@ def test_the_command_warns(tmp_path, monkeypatch):
     assert found.exit_code == 0 and "kfoc on gru_hazelden[N=4,T=5] needs " in found.output, found.output
 
 
-def test_what_is_not_known_has_no_forecast(monkeypatch):
+def test_unknown_costs_have_no_forecast(monkeypatch):
     some = config(["naive_jacobian"])
     (data,) = problems.get("resnet18_cifar").data
     monkeypatch.setattr(type(data), "here", lambda self: None)

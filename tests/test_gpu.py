@@ -72,7 +72,7 @@ def test_every_method_has_a_case_in_each_of_its_backends(cases):
         (1.0, float("nan"), "the standard error is nan"),
     ],
 )
-def test_what_does_not_pass(cases, value, error, reason):
+def test_wrong_values_and_standard_errors_fail(cases, value, error, reason):
     estimate = Estimate(value, error, None, "direct")
     row = gpu_correctness.row(cases[0]._replace(check=lambda: gpu_correctness.trusted(estimate, 1.0)))
     assert row["status"] == "failed"
@@ -97,14 +97,14 @@ def test_one_seed_must_give_one_number(cases):
 
 def test_products_in_float32_pass_and_in_tf32_do_not():
     a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
-    # Ten of the 23 bits of the fraction are left, to nearest.
+    # TF32 has ten of the 23 bits of the fraction, rounded to nearest.
     a_tf32, b_tf32 = (((m.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for m in (a, b))
     tolerance, exact = gpu_correctness.TOLERANCE_OF_PRODUCTS["float32"], a.double() @ b.double()
     assert gpu_correctness.entrywise((a @ b).double(), exact, tolerance).error < tolerance / 10
     assert gpu_correctness.entrywise((a_tf32 @ b_tf32).double(), exact, tolerance).error > 10 * tolerance
 
 
-def test_rows_are_added_and_not_made_twice(tmp_path):
+def test_rows_are_added_and_not_repeated(tmp_path):
     file = tmp_path / "rows.jsonl"
     arguments = [str(file), "--device", "cpu", "--few", "--share", "0", "5"]
     made = []
@@ -129,7 +129,7 @@ def test_a_lost_device_ends_the_process_after_its_row(tmp_path, monkeypatch):
         assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == rows
 
 
-def test_processes_are_run_again_failed_and_killed(tmp_path):
+def test_processes_are_restarted_or_killed_and_failures_are_reported(tmp_path):
     def python(program: str) -> list[str]:
         return [sys.executable, "-c", program]
 
@@ -156,7 +156,7 @@ def _running(pid: int) -> bool:
     return True
 
 
-def test_says_what_is_missing_and_runs_the_rest(tmp_path, monkeypatch):
+def test_missing_packages_are_named_and_the_rest_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_installed", lambda name: name not in ("asv", "PyYAML", "frozendict"))
     monkeypatch.setattr(gpu, "correctness", lambda out, tiny, seconds: print("it runs") or True)
     monkeypatch.setattr(os, "environ", dict(os.environ))

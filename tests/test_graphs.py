@@ -17,7 +17,7 @@ class Pair(NamedTuple):
 
 
 class Recorder:
-    """Runs a call again on a replay, and writes its results where those of the recording are, as a graph does."""
+    """Runs a call again on a replay, and writes its results into those of the recording, as a graph does."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
@@ -46,7 +46,7 @@ def recorder(monkeypatch):
 
 def function(pair: Pair, named: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     product = pair.one @ named["w"]
-    return product.mul_(2), pair.one.add_(1)  # what is given is overwritten
+    return product.mul_(2), pair.one.add_(1)  # the argument is overwritten
 
 
 def arguments(seed: int, size: int = 3) -> tuple[Pair, dict[str, Tensor]]:
@@ -54,7 +54,7 @@ def arguments(seed: int, size: int = 3) -> tuple[Pair, dict[str, Tensor]]:
     return Pair(torch.randn(2, size, generator=generator), None), {"w": torch.randn(size, 4, generator=generator)}
 
 
-def test_calls_are_recorded_after_some_and_give_what_plain_calls_give(recorder):
+def test_calls_are_recorded_after_some_plain_ones_with_equal_results(recorder):
     kept = []
     for seed in range(graphs.PLAIN + 4):
         kept.append((graphs.call("f", function, *arguments(seed)), function(*arguments(seed))))
@@ -64,7 +64,7 @@ def test_calls_are_recorded_after_some_and_give_what_plain_calls_give(recorder):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_other_functions_shapes_and_structures_are_recorded_apart(recorder):
+def test_other_functions_shapes_and_structures_are_recorded_separately(recorder):
     calls = {
         "f": lambda: graphs.call("f", function, *arguments(0)),
         "g": lambda: graphs.call("g", lambda pair, named: (pair.one + 1,), *arguments(0)),
@@ -79,7 +79,7 @@ def test_other_functions_shapes_and_structures_are_recorded_apart(recorder):
     torch.testing.assert_close(results["absent"][0], torch.ones(2))
 
 
-def test_recordings_used_longest_ago_are_dropped_when_they_hold_too_much(recorder, monkeypatch):
+def test_least_recently_used_recordings_are_dropped_over_the_memory_limit(recorder, monkeypatch):
     monkeypatch.setattr(graphs, "HELD", 300)
     for size in (3, 4, 5):
         for _ in range(graphs.PLAIN + 1):
@@ -99,7 +99,7 @@ def test_large_arguments_are_never_recorded(recorder, monkeypatch):
     assert recorder.recorded == 0
 
 
-def test_calls_in_tf32_and_in_float32_are_recorded_apart(recorder):
+def test_calls_in_tf32_and_in_float32_are_recorded_separately(recorder):
     flags = torch.backends.cuda.matmul
     before = flags.allow_tf32
     try:
@@ -112,7 +112,7 @@ def test_calls_in_tf32_and_in_float32_are_recorded_apart(recorder):
     assert recorder.recorded == 2
 
 
-def test_a_call_that_cannot_be_recorded_runs_as_it_is(recorder, monkeypatch):
+def test_a_call_that_cannot_be_recorded_runs_plainly(recorder, monkeypatch):
     tried = []
 
     def refuse(run):

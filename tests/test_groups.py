@@ -1,4 +1,4 @@
-"""Sizes of groups of probes by layers, on an engine of which only the costs are known."""
+"""Sizes of groups of probes for layerwise methods, with a stub engine that only has costs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def grouped(
     memory=st.integers(1, 200_000),
 )
 def test_groups_have_pairs_and_stay_within_the_passes_and_the_memory(N, probes, slope, memory):
-    """Passes per probe grow with the number of probes, as where columns are repeated for each block of rows."""
+    """Passes per probe grow with the number of probes, as when columns are recomputed for each block of rows."""
     accumulator = grouped(N, cost=lambda k: k * (1 + slope * (k - 1)), memory=memory)
     sizes = accumulator._sizes(probes)
     assert all(size >= 2 for size in sizes)
@@ -49,7 +49,7 @@ def test_groups_have_pairs_and_stay_within_the_passes_and_the_memory(N, probes, 
 
 
 def by_trial(accumulator: GroupedUStatistics, N: int, exact: int, passes: float) -> list[int]:
-    """Sizes of groups beside exact samples, with one more group until none is too large."""
+    """Sizes of groups beside exact samples, with more and more groups until none is too large."""
     rows, cost, others = accumulator._rows, accumulator._cost, N - exact
     most = max(4, (accumulator._max_gradients - exact * accumulator._O) // others)
     affordable = range(2, int(passes * N / others) + 1)
@@ -78,7 +78,7 @@ def test_groups_beside_exact_samples_are_the_fewest_that_are_not_too_large(N, ex
 
 
 @pytest.mark.parametrize("outputs", [1, 10, 1000])
-def test_a_large_budget_beside_exact_samples_is_divided_at_once(outputs, monkeypatch):
+def test_a_large_budget_beside_exact_samples_is_divided_quickly(outputs, monkeypatch):
     accumulator, calls = grouped(512, outputs), []
     rows = accumulator._rows
     monkeypatch.setattr(accumulator, "_rows", lambda *args: calls.append(args) or rows(*args))
@@ -96,6 +96,6 @@ def test_tables_beside_exact_samples_fit_in_memory():
     assert grouped(20, 5, memory=1000)._sizes_beside(2, 100) == []
 
 
-def test_no_probe_is_spent_on_a_choice_that_leaves_none():
+def test_no_pilot_probe_is_spent_if_none_would_be_left():
     accumulator = grouped(5, cost=lambda k: {1: 7.0, 2: 7.5}.get(k, 8.0))
     assert accumulator._plan(8) == ([8], 8.0)

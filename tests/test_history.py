@@ -1,4 +1,4 @@
-"""The suite that asv runs over commits: cases are only appended, and its numbers measure what they claim."""
+"""The suite that asv runs over commits: cases are only appended, and its measurements are right."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_case_is_there_once_and_known_to_the_comparison():
     assert compare.chosen("") == list(CASES)
 
 
-def test_every_method_that_is_shipped_has_a_case_or_a_reason():
+def test_every_shipped_method_has_a_case_or_a_reason():
     tried = {label.split("/")[1] for label in CASES if not label.endswith("/ntk")}
     files = paths.git("ls-files", "src/ntkbench/methods")
     shipped = [name for name in methods.names() if files is None or f"/{name}.py" in files]
@@ -63,8 +63,8 @@ def test_the_error_of_an_estimate_is_that_of_its_values_and_the_same_every_time(
     assert 1e-4 < case.error() < 0.2
 
 
-def test_a_kernel_between_samples_stands_for_theta():
-    """The trace kernel is the best of them."""
+def test_the_trace_kernel_is_closer_to_theta_than_a_single_logit():
+    """The trace kernel is the best kernel between samples."""
     trace, logit = (Case(f"mlp/{kernel}/torch/ntk").error() for kernel in ("trace", "single_logit"))
     assert 0 < trace < logit
 
@@ -81,7 +81,7 @@ def test_both_backends_compute_the_same():
         ("gru/auto/torch/no_such_function", "there is no ntkbench.no_such_function"),
     ],
 )
-def test_what_a_commit_lacks_is_absent(label, said):
+def test_methods_and_functions_that_a_commit_lacks_are_absent(label, said):
     with pytest.raises(Absent, match=said):
         Case(label)
 
@@ -95,7 +95,7 @@ def test_an_argument_that_a_commit_lacks_makes_a_case_absent(monkeypatch):
         Case("mlp/auto/jax/trace")
 
 
-def test_a_number_of_another_method_is_not_taken(monkeypatch):
+def test_a_value_of_another_method_makes_a_case_absent(monkeypatch):
     trace = ntkbench.trace
     monkeypatch.setattr(ntkbench, "trace", lambda *a, **k: dataclasses.replace(trace(*a, **k), method="other"))
     with pytest.raises(Absent, match="other answers for recurrent_exact_trace"):
@@ -117,7 +117,7 @@ def test_a_call_leaves_nothing_behind(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_threads_are_one_also_where_no_process_is_kept_to_its_processors(monkeypatch):
+def test_one_thread_is_used_on_systems_without_cpu_affinity(monkeypatch):
     threads = []
     monkeypatch.setattr("torch.set_num_threads", threads.append)
     for name in ("sched_setaffinity", "sched_getaffinity"):
@@ -126,7 +126,7 @@ def test_threads_are_one_also_where_no_process_is_kept_to_its_processors(monkeyp
     assert threads == [1]
 
 
-def test_a_peak_of_memory_is_seen_after_it_is_gone():
+def test_a_peak_of_memory_is_seen_after_it_is_freed():
     before = cases.settled_bytes()
     held = b"x" * 2**26
     del held

@@ -1,4 +1,4 @@
-"""Networks for images: their sizes, torch against JAX, their kernels by every way, and rows of a study on them."""
+"""Networks for images: their sizes, torch against JAX, their kernels in several ways, and rows of a study on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ntkbench.options import Target
 from ntkbench.studies import novak_images
 from ntkbench.studies.base import programs
 
-# neural-tangents is archived and uses what is deprecated by now.
+# neural-tangents is archived and uses deprecated functions.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 SIDE, OUTPUTS = 32, 3
@@ -73,7 +73,7 @@ def test_standard_sizes_have_the_parameters_that_timm_counts(make, parameters):
 
 
 @pytest.mark.parametrize(("setting", "family"), [("transformers", transformer), ("mixers", mixer)])
-def test_every_size_can_be_asked_for(setting, family):
+def test_every_size_is_a_setting_of_the_study(setting, family):
     (names,) = typing.get_args(novak_images.Settings.model_fields[setting].annotation)
     assert set(typing.get_args(names)) == set(family.SIZES)
 
@@ -99,7 +99,7 @@ def test_networks_are_the_same_in_jax(architecture):
             (2, 6),
         ),
         (
-            fully_connected.network([4] * 13),  # names of one and of two digits, which sort otherwise as words
+            fully_connected.network([4] * 13),  # names with one and two digits, which sort differently as strings
             fully_connected.forward,
             (2, 4),
         ),
@@ -126,7 +126,7 @@ def test_families_are_the_same_in_jax(network, forward, shape):
     network = network.double()
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weights = {name: w.detach().numpy() for name, w in network.named_parameters()}
-    shuffled = {name: weights[name] for name in sorted(weights)}  # as JAX has the entries of a dictionary
+    shuffled = {name: weights[name] for name in sorted(weights)}  # as JAX orders a dictionary
     with jax.enable_x64(True):
         close(np.asarray(jax.jit(forward)(shuffled, x.numpy())), network(x).detach().numpy())
 
@@ -140,7 +140,7 @@ def test_scaled_normal_weights_have_the_variance_stated(nonlinearity, power):
     assert float(network[1].weight.var() * 72) == pytest.approx(power, rel=0.1)
 
 
-def test_networks_from_a_seed_leave_torchs_randomness_alone():
+def test_networks_from_a_seed_do_not_change_torchs_random_state():
     state = torch.get_rng_state()
     first, again, other = (seeded(lambda: torch.nn.Linear(3, 2), seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
@@ -156,7 +156,7 @@ def test_kernels_by_layers_have_a_rule_for_every_matrix(architecture):
     assert not kernel.fallbacks()
     close(kernel.kernel(parameters, inputs).numpy(), dense(architecture))
     ruled = {name for layer in kernel.layers if layer.uses for name in layer.parameters}
-    embeddings = {"token", "position"}  # each entry stands at one place: its gradients are the cotangents themselves
+    embeddings = {"token", "position"}  # each entry is used at one place: its gradients are the cotangents themselves
     assert {n for n, w in network.named_parameters() if w.ndim > 1} - ruled <= embeddings
 
 
@@ -187,7 +187,7 @@ def test_operations_of_every_program_are_counted(architecture):
     assert len(left) == len(counted) - 1 and {row["status"] for row in left} == {"skipped"}
 
 
-def test_a_program_that_cannot_be_made_is_a_row_that_says_so():
+def test_a_program_that_cannot_be_built_is_a_row_with_the_reason():
     def broken(weights, x):
         raise NotImplementedError("no rule for it")
 

@@ -1,7 +1,7 @@
 """Agreement with independent libraries: curvlinops for PyTorch, matfree for JAX.
 
-Their operators are made by their own means (or plain ``jax.vjp`` and ``jax.jvp``), and where an estimator exists on
-both sides, both get the same probes, so that answers agree to round-off and not just on average.
+Their operators are built independently (or by plain ``jax.vjp`` and ``jax.jvp``). Estimators that exist on both sides
+get the same probes, so that results agree to round-off and not just on average.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def probes(kind: str, k: int, dim: int, seed: int = 0) -> np.ndarray:
 
 
 class Ready:
-    """An operator where methods expect a prepared problem, with probes that were drawn beforehand."""
+    """An operator in place of a prepared problem, with probes that were drawn beforehand."""
 
     def __init__(self, j: JacobianOperator, *blocks: Any) -> None:
         self._j, self._blocks = j, blocks
@@ -91,7 +91,7 @@ def torch_operators(label: str) -> tuple[JacobianOperator, Any]:
 
 @contextlib.contextmanager
 def draws(*blocks: torch.Tensor) -> Iterator[None]:
-    """Let curvlinops, which draws one probe at a time, draw the rows of these."""
+    """Make curvlinops, which draws one probe at a time, draw the rows of these blocks."""
     rows = iter(torch.cat(blocks))
     modules = ("trace.hutchinson", "trace.meyer2020hutch", "trace.epperly2024xtrace", "norm.hutchinson")
     with pytest.MonkeyPatch.context() as patch:
@@ -165,7 +165,7 @@ def test_one_sided_estimates_are_the_squared_norms_of_curvlinops():
 @pytest.mark.parametrize("name", ["1/i", "0.9^i", "spike"])
 @pytest.mark.slow
 def test_leave_one_out_traces_have_the_mean_of_curvlinops(name):
-    """Its XTrace does not put probes on the sphere, so that only means agree; our XTrace is not the noisier."""
+    """Its XTrace does not normalise probes to the sphere, so only means agree; our XTrace is not noisier."""
     J = torch.from_numpy(jacobian(name))
     theta = J @ J.T
     torch.manual_seed(0)
@@ -174,7 +174,7 @@ def test_leave_one_out_traces_have_the_mean_of_curvlinops(name):
         values = np.array([drawn(methods.get(method), "trace", [J], K, seed)[0] for seed in range(400)])
         error = math.hypot(values.std(ddof=1), theirs.std(ddof=1)) / 20
         assert abs(values.mean() - theirs.mean()) < 4 * error
-        # XNysTrace sketches J^T U, which is less than Theta U, and takes 2 passes a probe where XTrace takes 3.
+        # XNysTrace sketches J^T U, which is less than Theta U, and takes 2 passes per probe instead of XTrace's 3.
         assert method == "xnystrace" or values.std(ddof=1) < 1.1 * theirs.std(ddof=1)
 
 
@@ -221,14 +221,14 @@ def test_estimators_are_those_of_matfree_on_the_same_probes(label):
     square, spread = theirs(lengths, lambda v: jvp(vjp(v)), u)
     value, error = ours("hutchinson", "norm", j, u)
     assert value**2 == pytest.approx(square, rel=1e-9)
-    # The jackknife for the root is the delta method's to first order in 1/K.
+    # The jackknife of the root equals the delta method to first order in 1/K.
     assert error == pytest.approx(spread / (2 * value), rel=0.5)
 
 
 @pytest.mark.parametrize("label", PROBLEMS[:1])
 @pytest.mark.slow
 def test_leave_one_out_traces_are_those_of_matfree_on_the_same_probes(label):
-    """Those of the paper's algorithms with normalisation; ours get there through a QR of J^T U or of J W."""
+    """matfree uses the paper's algorithms with normalisation, and ours a QR of J^T U or of J W."""
     j, vjp, jvp = jax_operators(label)
     u, w = (jnp.asarray(probes("normal", K, dim)) for dim in (j.n, j.P))
     integrands = {

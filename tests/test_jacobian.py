@@ -1,4 +1,4 @@
-"""The Jacobian operators against J written out, their cost, and their indifference to the memory budget."""
+"""Jacobian operators: agreement with an explicit J, cost in passes, and independence of the memory budget."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 BACKENDS = ("torch", "jax")
-# Compiling the deep one in JAX takes as long as all the rest.
+# Compiling the deep network in JAX takes as long as all other cases together.
 CASES = [(backend, label) for backend in BACKENDS for label in SMALL if (backend, label) != ("jax", SMALL[-1])]
 
 
@@ -48,7 +48,7 @@ def close(a, b, tolerance: float = 1e-12) -> bool:
 
 
 def columns(problem: Problem, j: JacobianOperator) -> np.ndarray:
-    """Where each column of an operator stands in J written out: JAX sorts parameters by name, as it does all dicts."""
+    """Positions of an operator's columns in the explicit J: JAX sorts parameters by name, as in all dicts."""
     sizes = {key: w.size for key, w in problem.theta_0.items()}
     starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
     order = list(j._parameters) if type(j).__module__.endswith("torch") else sorted(sizes)
@@ -57,7 +57,7 @@ def columns(problem: Problem, j: JacobianOperator) -> np.ndarray:
 
 @pytest.mark.parametrize(("backend", "label"), CASES)
 @pytest.mark.slow
-def test_products_are_those_of_the_jacobian_written_out(backend, label, load, dense):
+def test_products_match_the_explicit_jacobian(backend, label, load, dense):
     problem = load(label)
     rng = np.random.default_rng(0)
     u, w = rng.standard_normal((3, problem.n)), rng.standard_normal((3, problem.P))
@@ -107,8 +107,8 @@ PRODUCTS = {
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("label", ["tanh_net", "gru_hazelden[N=2,T=2]"])
 @pytest.mark.parametrize("backend", mostly_slow(BACKENDS, 1))
-def test_vectors_with_other_axes_are_refused(backend, label, product, load):
-    """Whatever reshaping would make of them: rows as columns, one vector alone, axes in another order or all in one."""
+def test_vectors_of_the_wrong_shape_are_refused(backend, label, product, load):
+    """Even where a reshape would succeed: transposed, a single vector, permuted axes, or flattened."""
     j = operator(load(label), backend)
     multiply, shape = PRODUCTS[product][0], PRODUCTS[product][1](j)
     right = np.random.default_rng(0).standard_normal((2, *shape))
@@ -175,7 +175,7 @@ def test_counter_counts_passes_whatever_the_budget(backend, tiny):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_all_rows_by_samples_cost_one_pass_an_output(backend, tiny):
+def test_all_rows_by_samples_cost_one_pass_per_output(backend, tiny):
     j = operator(tiny, backend, memory=1)
     for rectangle in j.rectangles():
         j.sample_rows(*rectangle)
@@ -183,7 +183,7 @@ def test_all_rows_by_samples_cost_one_pass_an_output(backend, tiny):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fresh_starts_over_without_the_forward_pass(backend, tiny):
+def test_fresh_resets_the_passes_and_drops_cached_results(backend, tiny):
     j = operator(tiny, backend)
     u = j.rng(0).sign(2, j.n)
     before = j.vjp(u)
@@ -197,7 +197,7 @@ def test_fresh_starts_over_without_the_forward_pass(backend, tiny):
 
 
 class Sizes(JacobianOperator):
-    """Sizes without a network, for what depends on nothing else."""
+    """An operator that has sizes but no network."""
 
     _vjp = _jvp = _row = _sample_vjp = _sample_jvp = _eye = rng = None
 
@@ -248,7 +248,7 @@ def test_products_do_not_depend_on_the_memory_budget(tiny, dense, memory):
 @pytest.mark.parametrize("chunk", [0, 2, 5, 100])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_squares_of_gradients_do_not_depend_on_chunks(backend, chunk, tiny, dense, monkeypatch):
-    """One gradient at a time, two samples, all samples of one probe, everything."""
+    """Chunks of one gradient, of two samples, of all samples of one probe, and of everything."""
     v = np.random.default_rng(0).standard_normal((5, tiny.N, tiny.O))
     gradients = np.einsum("kbo,bop->kbp", v, dense("tanh_net", "theta_0").reshape(tiny.N, tiny.O, -1))
     gradient_bytes = operator(tiny, backend)._bytes_per_square()
@@ -310,12 +310,12 @@ def test_jax_probes_do_not_depend_on_what_ran_before(tiny):
 
 
 def modules() -> dict:
-    """Layers that a researcher may bring, with inputs; built at collection, so small."""
+    """Common layers with inputs; small, since they are built at collection."""
     import torch
     from torch import nn
 
     class First(nn.Module):
-        """The first of what a recurrent layer returns."""
+        """The first value that a recurrent layer returns."""
 
         def __init__(self, layer):
             super().__init__()
@@ -337,7 +337,7 @@ def modules() -> dict:
             return self.layer(x, x, x, need_weights=False)[0]
 
     class Unrolled(nn.Module):
-        """A recurrent cell in a Python loop, from no state."""
+        """A recurrent cell in a Python loop, without an initial state."""
 
         def __init__(self, cell):
             super().__init__()
@@ -395,7 +395,7 @@ def test_any_module_is_linearised(name):
     assert all((module.state_dict()[key] == before).all() for key, before in state.items())
 
 
-def test_float32_inputs_and_weights_are_brought_to_the_precision_asked_for(tiny):
+def test_float32_inputs_and_weights_are_cast_to_the_requested_dtype(tiny):
     for backend in BACKENDS:
         for dtype in ("float32", "float64"):
             j = operator(tiny, backend, dtype=dtype)
@@ -434,7 +434,7 @@ def test_bad_targets_are_refused(wrong, says):
         Target(**wrong)
 
 
-def test_without_forward_mode_a_jvp_is_two_reverse_passes_and_says_so():
+def test_without_forward_mode_a_jvp_takes_two_reverse_passes_and_is_noted():
     import torch
     from torch import nn
 
@@ -492,7 +492,7 @@ RECURRENT = CERTIFIED | {
     "recurrent.products",
     "recurrent.torch_trajectory",
 }
-"""What both backends import for a recurrent network, whose module is always torch's."""
+"""What both backends import for a recurrent network, whose module is always in torch."""
 
 
 @pytest.mark.parametrize(
@@ -505,7 +505,7 @@ RECURRENT = CERTIFIED | {
     ],
 )
 @pytest.mark.slow
-def test_a_process_imports_the_operators_that_it_uses_and_no_others(backend, label, expected):
+def test_a_process_imports_only_the_operators_that_it_uses(backend, label, expected):
     command, folder = [sys.executable, "-c", IMPORTS, backend, label], Path(__file__).parent
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
     jax, *found = done.stdout.split()

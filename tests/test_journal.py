@@ -15,7 +15,7 @@ OK = {"status": "ok", "reason": ""}
 
 
 def measured(path, values, made_for="this", stop_at=None):
-    """Rows of cases 0, 1, ... and the values that were measured; the one to stop at ends the process."""
+    """Rows of cases 0, 1, ... and the values measured; reaching ``stop_at`` raises KeyboardInterrupt."""
     calls = []
 
     def measure(value):
@@ -41,7 +41,7 @@ def test_finished_rows_are_not_measured_again(tmp_path):
     assert math.isnan(made[0]["none"])
 
 
-def test_rows_with_another_fingerprint_do_not_count_and_are_not_lost(tmp_path):
+def test_rows_with_another_fingerprint_are_ignored_and_kept(tmp_path):
     path = tmp_path / "study.journal"
     measured(path, [1, 2])
     assert measured(path, [1, 2], made_for="that")[1] == [1, 2]
@@ -59,7 +59,7 @@ def test_a_changed_line_is_not_an_entry(tmp_path, edit):
     assert 1 in calls and made[0]["seconds"] == 1 / 3
 
 
-def test_rows_that_were_made_now_can_be_taken_back(tmp_path):
+def test_rows_of_this_run_can_be_taken_back(tmp_path):
     path = tmp_path / "study.journal"
     measured(path, [1])
     with Journal(path) as journal, journals.kept(rows := Rows(journal, "this")):
@@ -103,7 +103,7 @@ def test_two_processes_do_not_write_to_one_journal(tmp_path):
     Journal(path).close()
 
 
-def test_the_row_under_way_is_known_after_a_stop(tmp_path):
+def test_the_unfinished_row_is_known_after_an_interruption(tmp_path):
     path = tmp_path / "study.journal"
     with Journal(path) as journal:
         journal.begin("a", "this")
@@ -116,7 +116,7 @@ def test_the_row_under_way_is_known_after_a_stop(tmp_path):
         assert journal.begun is None
 
 
-def test_rows_that_failed_in_passing_are_dropped_on_request(tmp_path):
+def test_failed_rows_are_dropped_on_request(tmp_path):
     path = tmp_path / "study.journal"
     with Journal(path) as journal:
         for status in outcomes.STATUSES:
@@ -126,7 +126,7 @@ def test_rows_that_failed_in_passing_are_dropped_on_request(tmp_path):
         assert [s for s in outcomes.STATUSES if journal.row(s, "this")] == ["ok", "skipped"]
 
 
-def test_rows_of_other_journals_count(tmp_path):
+def test_rows_of_other_journals_are_used(tmp_path):
     with Journal(tmp_path / "one.journal") as journal:
         journal.finish("a", "this", OK)
     with Journal(tmp_path / "two.journal", [tmp_path / "one.journal"]) as journal:
@@ -135,7 +135,7 @@ def test_rows_of_other_journals_count(tmp_path):
     assert list(journals.rows_of([tmp_path / "one.journal"])) == [("a", "this")]
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_in_one_line(tmp_path, monkeypatch):
     with Journal(tmp_path / "study.journal") as journal:
         monkeypatch.setattr(journal, "_file", open("/dev/full", "w", encoding="utf-8"))  # noqa: SIM115
         with pytest.raises(NtkbenchError, match=r"study\.journal cannot be written: No space left on device"):

@@ -1,4 +1,4 @@
-"""A kernel that is prepared once: every use agrees with an explicit Jacobian, and nothing is prepared twice."""
+"""Kernels that are prepared once: every use agrees with an explicit Jacobian, and nothing is prepared twice."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a * b).sum() / (a.norm() * b.norm()))
 
 
-def test_all_uses_of_one_kernel_are_of_the_same_theta():
+def test_all_uses_of_a_kernel_agree_with_the_explicit_theta():
     model = net()
     exact, kernel = theta(model), ntkbench.Kernel(model, X)
-    for _ in range(3):  # written out, then traced, then from the trace
+    for _ in range(3):  # from an explicit J, then traced, then from the kept trace
         torch.testing.assert_close(kernel.ntk(), exact)
     torch.testing.assert_close(kernel.ntk(X2), jacobian(model) @ jacobian(model, X2).T)
     torch.testing.assert_close(kernel.ntk(X2), jacobian(model) @ jacobian(model, X2).T)
@@ -76,7 +76,7 @@ def test_all_uses_of_one_kernel_are_of_the_same_theta():
 
 
 @pytest.mark.parametrize("name", ["sum_of_logits", "single_logit", "random_vector", "trace", "last_layer"])
-def test_kernels_between_samples_are_the_same_written_out_and_traced(name):
+def test_kernels_between_samples_are_the_same_explicit_and_traced(name):
     kernel = ntkbench.Kernel(net(), X)
     first = kernel.ntk(kernel=name, seed=3)
     assert first.shape == (N, N)
@@ -84,7 +84,7 @@ def test_kernels_between_samples_are_the_same_written_out_and_traced(name):
     torch.testing.assert_close(kernel.ntk(X2, kernel=name, seed=3), ntkbench.ntk(net(), X, X2, kernel=name, seed=3))
 
 
-def test_the_functions_are_uses_of_a_kernel():
+def test_functions_give_the_same_as_the_methods_of_a_kernel():
     model, kernel = net(), ntkbench.Kernel(net(), X)
     for name in ("trace", "norm", "effective_rank"):
         wishes = {"method": "hutchinson", "passes": 40, "seed": 5}
@@ -108,7 +108,7 @@ def test_a_network_is_traced_once_for_all_uses(monkeypatch):
 
 
 def test_a_method_that_refuses_the_network_is_asked_once(monkeypatch):
-    """A ReLU follows the wide layer, which only taking the network apart shows."""
+    """A ReLU follows the wide layer, which only a trace of the network shows."""
     from ntkbench.methods.wide_head import WideHead
 
     asked = []
@@ -123,7 +123,7 @@ def test_a_method_that_refuses_the_network_is_asked_once(monkeypatch):
 
 
 @pytest.mark.parametrize("make", [net, normed])
-def test_other_weights_are_those_of_a_network_or_of_its_state_dict(make):
+def test_other_weights_are_given_by_a_network_or_by_its_state_dict(make):
     kernel, trained = ntkbench.Kernel(make(), X), make(1)
     for weights in (trained, trained.state_dict()):
         torch.testing.assert_close(kernel.at(weights).ntk(), theta(trained))
@@ -134,7 +134,7 @@ def test_other_weights_are_those_of_a_network_or_of_its_state_dict(make):
     torch.testing.assert_close(kernel.at(trained).at(make()).ntk(), theta(make()))
 
 
-def test_values_that_are_not_given_stay_as_they_are():
+def test_parameters_that_are_not_given_keep_their_values():
     model = net()
     changed = net()
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_values_that_are_not_given_stay_as_they_are():
         ("has requires_grad=False for '0.bias'", "frozen"),
     ],
 )
-def test_weights_of_something_else_are_refused(says, weights):
+def test_weights_of_another_network_are_refused(says, weights):
     if weights == "frozen":
         weights = net()
         weights[0].bias.requires_grad_(False)
@@ -202,8 +202,8 @@ APPROXIMATE = [method.name for method in map(methods.get, methods.names()) if me
 
 
 @pytest.mark.parametrize("method", [*APPROXIMATE, "shared_probe_alignment"])
-def test_labels_are_aligned_with_theta_itself(method):
-    """A kernel that stands for Theta has another norm, with which the alignment may exceed 1."""
+def test_alignment_with_labels_needs_the_norm_of_theta_itself(method):
+    """An approximate kernel has another norm, with which the alignment may exceed 1."""
     kernel, y = ntkbench.Kernel(net(), X), torch.ones(N, O)
     says = f"norm of Theta itself, which {method} does not give; allowed: auto, "
     with pytest.raises(BadInput, match=says) as caught:
@@ -241,7 +241,7 @@ def test_rounding_is_within_the_interval_where_labels_cancel(scale):
 
 
 def near(value: float, n: int = 20) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
-    """A network, inputs and labels of this alignment: Theta = I + (q - 1) y y^T."""
+    """A network, inputs and labels with an alignment of ``value``: Theta = I + (q - 1) y y^T."""
     q = ((n - 1) / (value**-2 - 1)) ** 0.5
     y = torch.full((n, 1), n**-0.5, dtype=torch.float64)
     x = torch.cat([(q - 1) ** 0.5 * y, torch.eye(n, dtype=torch.float64)], 1)
@@ -250,7 +250,7 @@ def near(value: float, n: int = 20) -> tuple[nn.Linear, torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize("passes", [None, 600])
 @pytest.mark.parametrize("value", [0.3, 0.6, 0.9, 0.97, 0.9995])
-def test_an_alignment_with_labels_is_within_its_tolerance_or_says_that_it_is_not(value, passes):
+def test_an_alignment_with_labels_reaches_its_tolerance_or_notes_that_it_did_not(value, passes):
     model, x, y = near(value)
     kernel = ntkbench.Kernel(model, x)
     assert kernel.alignment(y).value == pytest.approx(value)
@@ -284,8 +284,8 @@ def test_the_alignment_with_a_matrix_does_not_depend_on_the_memory(case, memory)
 
 @pytest.mark.parametrize("memory", [None, 2000])
 @pytest.mark.parametrize("case", ["written out", "traced", "interacting", "contradicted"])
-def test_passes_of_results_from_all_of_theta_are_those_that_were_spent(monkeypatch, case, memory):
-    """With those of ways that failed, which are named."""
+def test_results_from_all_of_theta_state_the_passes_spent(monkeypatch, case, memory):
+    """Including those of failed methods, which the notes name."""
     counted: list[float] = []
     monkeypatch.setattr(progress_bar, "advance", counted.append)
     if case == "contradicted":
@@ -309,7 +309,7 @@ def test_passes_of_results_from_all_of_theta_are_those_that_were_spent(monkeypat
             assert failed == (case == "contradicted")
 
 
-def test_eigenvalues_are_by_products_where_a_decomposition_does_not_fit(monkeypatch):
+def test_eigenvalues_use_products_where_a_decomposition_does_not_fit(monkeypatch):
     """Theta itself would fit twice."""
     monkeypatch.setattr(spectrum, "of_matrix", lambda *given: pytest.fail("it holds four matrices"))
     found = ntkbench.Kernel(net(), X, memory=2 * 8 * (N * O) ** 2).eigenvalues(3, rtol=1e-6)
@@ -320,8 +320,8 @@ BUDGETED = [method.name for method in map(methods.get, methods.names()) if metho
 
 
 @pytest.mark.parametrize("method", mostly_slow(["auto", *BUDGETED], 6))
-def test_passes_pay_for_all_metrics_and_a_target_together(monkeypatch, method):
-    """Or the budget is refused in one line."""
+def test_a_budget_covers_all_metrics_and_a_target_together(monkeypatch, method):
+    """A budget that is too small is refused in one line."""
     counted: list[float] = []
     monkeypatch.setattr(progress_bar, "advance", counted.append)
     kernel, y = ntkbench.Kernel(net(), X), torch.randn(N, O, dtype=torch.float64)
@@ -335,7 +335,7 @@ def test_passes_pay_for_all_metrics_and_a_target_together(monkeypatch, method):
     for name, use in uses.items():
         for passes in (1, 2, 7, 33, 64, 100, 145, 400):
             try:
-                use(method=method, passes=passes)  # products are certified
+                use(method=method, passes=passes)  # certifies the products
                 counted.clear()
                 found = use(method=method, passes=passes)
             except ntkbench.NtkbenchError as error:
@@ -374,7 +374,7 @@ def test_methods_that_cannot_add_probes_say_how_they_split_a_budget():
         ("5 samples of 3 outputs and Linear has 5 of 2: N and O must be equal", nn.Linear(4, 2).double()),
     ],
 )
-def test_invalid_ends_of_an_alignment_are_refused(says, other):
+def test_an_alignment_with_an_invalid_target_or_network_is_refused(says, other):
     with pytest.raises(ntkbench.BadInput, match=says):
         ntkbench.Kernel(net(), X).alignment(other)
 
@@ -397,7 +397,7 @@ def test_largest_eigenvalues_are_within_their_errors_of_the_exact_ones(n, rank, 
 
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_eigenvalues_of_a_small_theta_in_float32_are_within_their_errors(outputs):
-    """Most of the error is that of the network's own passes, and not of the decomposition."""
+    """Most of the error is due to the network's own passes, not to the decomposition."""
     for seed in range(10):
         torch.manual_seed(seed)
         layers = [layer for _ in range(12) for layer in (nn.Linear(4, 4), nn.Tanh())]
@@ -406,7 +406,7 @@ def test_eigenvalues_of_a_small_theta_in_float32_are_within_their_errors(outputs
         kernel = ntkbench.Kernel(model, x)
         found = kernel.eigenvalues(outputs)
         assert (abs(found.values - exact) <= found.errors).all()
-        # The certificate, which is part of them, is of other products in each call.
+        # The errors include the certificate, which uses other products in each call.
         np.testing.assert_allclose(found.errors, kernel.spectrum(outputs).errors, rtol=0.5)
 
 
@@ -414,7 +414,7 @@ def dense(j: np.ndarray) -> DenseJacobian:
     return DenseJacobian(torch.from_numpy(j), lambda seed: TorchRng(seed, torch.float64, torch.device("cpu")))
 
 
-def test_eigenvalues_of_a_large_theta_are_by_products_and_say_where_they_stopped(monkeypatch):
+def test_eigenvalues_of_a_large_theta_use_products_and_note_a_missed_tolerance(monkeypatch):
     model = net()
     exact = torch.linalg.eigvalsh(theta(model)).flip(0)
     monkeypatch.setattr(kernels, "SMALL", 2)
@@ -487,7 +487,7 @@ def test_a_tracker_keeps_the_mode_that_it_was_made_in(mode):
                 w -= 0.01 * w.grad
 
 
-def test_a_tracker_takes_only_what_exists():
+def test_a_tracker_refuses_invalid_arguments():
     for says, keywords in (
         ("every must be a positive number", {"every": 0}),
         ("unknown metric 'tracer'", {"metrics": ["tracer"]}),
@@ -498,8 +498,8 @@ def test_a_tracker_takes_only_what_exists():
             ntkbench.Tracker(net(), X, **keywords)
 
 
-def test_a_tracker_refuses_steps_that_start_again():
-    """As those of a loop over epochs that counts batches, of which it would measure the first epoch alone."""
+def test_a_tracker_refuses_steps_that_go_back():
+    """With batch numbers that start again in each epoch, it would measure the first epoch alone."""
     tracker = ntkbench.Tracker(net(), X, every=2, metrics=("trace",))
     for step in range(4):
         tracker(step)
@@ -509,7 +509,7 @@ def test_a_tracker_refuses_steps_that_start_again():
     assert tracker.table()["step"].tolist() == [0, 2]
 
 
-def test_the_trainer_of_hugging_face_calls_a_tracker():
+def test_a_hugging_face_trainer_calls_a_tracker():
     pytest.importorskip("transformers")
     tracker = ntkbench.Tracker(net(), X, every=10, metrics=("trace",))
     callback = tracker.trainer_callback()
@@ -540,7 +540,7 @@ def explicit_in_jax(params, x, x2=None) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_a_function_in_jax_has_all_of_a_kernel():
+def test_a_function_in_jax_has_all_uses_of_a_kernel():
     import jax
 
     wide = jax.config.jax_enable_x64
@@ -592,7 +592,7 @@ def test_weights_and_groups_of_recurrent_layers_have_the_names_of_the_layer(make
     assert kernel.alignment(other).value == pytest.approx(cosine(kernel.ntk(), exact))
 
 
-def test_weights_and_groups_of_a_called_model_have_its_own_names():
+def test_weights_and_groups_of_a_model_given_with_call_have_its_own_names():
     model, other = net(), net(1)
     batch = {"a": X[:, :2], "b": X[:, 2:]}
     kernel = ntkbench.Kernel(model, batch, call=lambda m, b: m(torch.cat([b["a"], b["b"]], 1)), output=1)
@@ -612,8 +612,8 @@ def test_weights_and_groups_of_a_called_model_have_its_own_names():
 
 
 @pytest.mark.parametrize("call", [None, lambda model, inputs: model(inputs["x"])])
-def test_inputs_that_are_written_to_later_change_nothing(call):
-    """Nor do they for another network, which is taken on the same inputs."""
+def test_later_writes_to_the_inputs_change_nothing(call):
+    """Another network is evaluated on the kept inputs as well."""
     x = X.clone()
     kernel = ntkbench.Kernel(net(), x if call is None else {"x": x}, call=call)
     exact = cosine(theta(net()), theta(net(1, width=9)))
@@ -623,7 +623,7 @@ def test_inputs_that_are_written_to_later_change_nothing(call):
 
 
 @pytest.mark.parametrize("inputs", [X, {"input": X}], ids=["a tensor", "a mapping"])
-def test_a_kernel_that_was_used_is_pickled_without_what_was_prepared(inputs):
+def test_pickling_a_used_kernel_drops_what_was_prepared(inputs):
     kernel = ntkbench.Kernel(net(), inputs, output=[0, 2])
     used = [kernel.ntk() for _ in range(2)], kernel.metrics(net(1)), kernel.eigenvalues(3).values
     stored = pickle.dumps(kernel)
@@ -636,7 +636,7 @@ def test_a_kernel_that_was_used_is_pickled_without_what_was_prepared(inputs):
         torch.testing.assert_close(same.at(net(1)).ntk(), kernel.at(net(1)).ntk())
 
 
-def test_an_alignment_of_zero_with_a_target_is_undefined():
+def test_the_alignment_of_a_zero_theta_is_undefined():
     model = nn.Sequential(nn.Linear(4, O), nn.ReLU()).double()
     with torch.no_grad():
         model[0].weight.zero_()

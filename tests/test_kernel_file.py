@@ -40,7 +40,7 @@ def inputs(N: int, seed: int = 1) -> torch.Tensor:
 
 
 def traced(kernel: Kernel) -> Kernel:
-    """The kernel as at its second use, which is not written out."""
+    """The kernel as at its second use, which is traced."""
     kernel._used = True
     return kernel
 
@@ -55,7 +55,7 @@ def computed(monkeypatch) -> list[tuple[int, ...]]:
 
 
 @given(st.integers(1, 9), st.integers(1, 7), st.integers(1, 40), st.data())
-def test_ranges_are_whole_samples_or_directions_of_one(N, K, most, data):
+def test_ranges_are_whole_samples_or_directions_of_one_sample(N, K, most, data):
     ranges = row_ranges(N, K, most)
     assert [i for r in ranges for i in range(r.start, r.stop)] == list(range(N * K))
     for r in ranges:
@@ -93,7 +93,7 @@ def test_no_rectangle_is_larger_than_its_share_of_memory(tmp_path, computed):
     assert max(a * b for a, b in computed) <= 100 and len(computed) == 7 * 8 / 2
 
 
-def test_a_kernel_that_is_complete_is_opened_and_not_computed(tmp_path, computed, monkeypatch):
+def test_a_complete_file_is_opened_and_not_computed(tmp_path, computed, monkeypatch):
     file = str(tmp_path / "theta.npy")
     first = np.array(ntkbench.ntk(net(), inputs(6), kernel="trace", file=file, memory=500))
     assert computed
@@ -103,7 +103,7 @@ def test_a_kernel_that_is_complete_is_opened_and_not_computed(tmp_path, computed
     assert computed == []
 
 
-def test_samples_that_interact(tmp_path):
+def test_interacting_samples_give_the_kernel_in_memory(tmp_path):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(D, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).double(), inputs(7)
     for memory in (8 * 8 * 9, 8 * 8):
@@ -111,7 +111,7 @@ def test_samples_that_interact(tmp_path):
         np.testing.assert_allclose(found, ntkbench.ntk(model, x).numpy(), rtol=1e-9, atol=1e-12)
 
 
-def test_several_inputs_and_a_network_in_its_own_precision_alone(tmp_path):
+def test_several_inputs_and_a_network_in_float32_only_give_the_kernel_in_memory(tmp_path):
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -130,14 +130,14 @@ def test_several_inputs_and_a_network_in_its_own_precision_alone(tmp_path):
 
 
 class Killed(BaseException):
-    """What nothing in the package catches."""
+    """An exception that nothing in the package catches."""
 
 
 CALLS = ("pwrite", "fsync", "replace", "rename", "posix_fallocate", "ftruncate")
 
 
 class Bomb:
-    """Ends a computation in its k-th call of the system; a write is half done then."""
+    """Ends a computation in its k-th system call; a write is then half done."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, k: int) -> None:
         self.left = k
@@ -157,7 +157,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize(("x2", "step"), [(None, 1), (inputs(3, 2), 4)], ids=["symmetric", "two inputs"])
-def test_resumes_after_every_call_of_the_system(tmp_path, computed, x2, step):
+def test_resumes_after_every_system_call(tmp_path, computed, x2, step):
     expected = Kernel(net(), inputs(4)).ntk(x2).numpy()
     kernel = Kernel(net(), inputs(4), memory=8 * 8 * 36)
     ends, parts = 0, 0
@@ -294,7 +294,7 @@ def test_outputs_in_another_order_are_another_kernel(tmp_path):
         ntkbench.ntk(net(), inputs(5), output=[1, 0], file=file)
 
 
-def test_a_seed_counts_where_it_is_used(tmp_path):
+def test_the_seed_matters_only_to_kernels_that_use_it(tmp_path):
     file = tmp_path / "theta.npy"
     ntkbench.ntk(net(), inputs(5), kernel="random_vector", seed=1, file=file)
     with pytest.raises(BadInput, match="seed 1, not 2"):
@@ -357,7 +357,7 @@ def test_a_damaged_file_is_refused(tmp_path, case):
     np.testing.assert_allclose(found, ntkbench.ntk(net(), inputs(5)).numpy(), rtol=1e-12)
 
 
-def test_other_memory(tmp_path, computed):
+def test_a_file_resumes_with_more_memory_but_not_with_too_little(tmp_path, computed):
     file = tmp_path / "theta.npy"
     begun(file)
     with pytest.raises(BadInput, match=r"was begun with more memory: give at least memory=1152"):
@@ -377,7 +377,7 @@ def test_a_full_disk_is_reported_before_work_starts(tmp_path, monkeypatch, compu
 
 
 @pytest.mark.parametrize("call", ["pwrite", "posix_fallocate", "fsync"])
-def test_a_disk_that_fails_during_writing(tmp_path, monkeypatch, call):
+def test_a_disk_error_is_reported_and_the_file_resumes(tmp_path, monkeypatch, call):
     file = tmp_path / "theta.npy"
 
     def full(*_: Any) -> None:
@@ -392,7 +392,7 @@ def test_a_disk_that_fails_during_writing(tmp_path, monkeypatch, call):
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
-def test_a_system_that_reserves_nothing(tmp_path, monkeypatch, code):
+def test_systems_that_cannot_reserve_space_are_supported(tmp_path, monkeypatch, code):
     def unsupported(*_: Any) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -400,7 +400,7 @@ def test_a_system_that_reserves_nothing(tmp_path, monkeypatch, code):
     ntkbench.ntk(net(), inputs(5), file=tmp_path / "theta.npy")
 
 
-def test_folders_and_paths_that_cannot_be_used(tmp_path, computed):
+def test_unusable_paths_are_refused_and_missing_folders_are_made(tmp_path, computed):
     for file in (3, "", b"theta.npy"):
         with pytest.raises(BadInput, match="file must be a path, got"):
             ntkbench.ntk(net(), inputs(5), file=file)
@@ -452,13 +452,13 @@ def test_every_run_is_certified_once_before_its_first_rectangle(tmp_path, monkey
     assert events[:3] == ["certified", "certified", "computed"] and events.count("certified") == 2
 
 
-def test_a_way_that_is_contradicted_is_passed_over(tmp_path, monkeypatch):
+def test_a_method_that_its_certificate_contradicts_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(Certificate, "difference", lambda *_: 1.0)
     found = traced(Kernel(net(), inputs(5), memory=8 * 8 * 36)).ntk(file=tmp_path / "theta.npy")
     np.testing.assert_allclose(found, Kernel(net(), inputs(5)).ntk().numpy(), rtol=1e-12)
 
 
-def test_without_a_way_there_is_no_file(tmp_path, monkeypatch):
+def test_no_file_is_left_where_no_method_works(tmp_path, monkeypatch):
     def broken(*_: Any) -> None:
         raise RuntimeError("broken")
 
@@ -478,7 +478,7 @@ def test_overflow_is_not_written(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["full", "trace"])
-def test_functions_in_jax(tmp_path, name, computed):
+def test_functions_in_jax_give_the_kernel_in_memory(tmp_path, name, computed):
     jnp = pytest.importorskip("jax.numpy")
     params = {"w": np.random.default_rng(0).standard_normal((D, 5)), "v": np.ones((5, 2))}
 
@@ -486,7 +486,7 @@ def test_functions_in_jax(tmp_path, name, computed):
         return jnp.tanh(x @ params["w"]) @ params["v"]
 
     x, x2 = inputs(4).numpy(), inputs(2, 2).numpy()
-    # Two samples and their outputs fit in a rectangle, or one of the two outputs, which neural-tangents cannot take.
+    # A rectangle holds two samples with both outputs, or one of the outputs, which neural-tangents does not support.
     for i, (other, rows) in enumerate([(None, 4), (None, 1)] if name == "full" else [(None, 4), (x2, 1)]):
         expected = np.asarray(ntkbench.ntk(f, x, other, kernel=name, params=params))
         computed.clear()
@@ -498,7 +498,7 @@ def test_functions_in_jax(tmp_path, name, computed):
         ntkbench.ntk(f, x, kernel=name, params={**params, "v": params["v"] + 1}, file=tmp_path / "0.npy")
 
 
-def test_samples_that_interact_in_jax(tmp_path):
+def test_interacting_samples_in_jax_give_the_explicit_kernel(tmp_path):
     jnp = pytest.importorskip("jax.numpy")
     params = {"w": np.random.default_rng(0).standard_normal((D, 3))}
 

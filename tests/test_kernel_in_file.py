@@ -1,4 +1,4 @@
-"""The study of a kernel in a file that is killed and resumed, on a small network."""
+"""The study of kernels in files, whose process is killed and resumed, on a small network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SMALL = {"problems": ["digits_mlp[N=300]"], "threads": 1, "device": "cpu", "limi
 
 
 @pytest.mark.slow
-def test_a_kernel_is_killed_resumed_and_right():
+def test_a_killed_computation_resumes_with_the_right_kernel():
     (row,) = testing.check_study("kernel_in_file", SMALL).to_dict("records")
     assert row["status"] == "ok", row["reason"]
     assert 0 < row["kept"] < row["parts"] and row["file_bytes"] >= 4 * row["n"] ** 2 > row["allowed_bytes"]

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 KILLS = 5
 TARGETS = ("results/small/table.csv", "results/small/studies/estimators_on_spectra.csv")
 TEST = "NTKBENCH_TEST"
-"""Environment variable that all processes of a test's runs have."""
+"""Environment variable set in all processes of a test's runs."""
 CONFIG = {
     "profile": "small",
     "device": "cpu",
@@ -65,7 +65,7 @@ def undisturbed(config, tmp_path_factory):
 
 
 def running(folder: Path) -> list[psutil.Process]:
-    """All processes of runs in a folder, the guardians of their steps among them."""
+    """All processes of runs in a folder, including the guardians of their steps."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -75,8 +75,8 @@ def running(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def test_killed_at_random_moments_the_tables_are_the_same(config, undisturbed, tmp_path):
-    """All processes of a run are killed, or one of them, and the run is begun again; a finished one makes room."""
+def test_runs_killed_at_random_moments_give_the_same_tables(config, undisturbed, tmp_path):
+    """All processes of a run, or one of them, are killed and the run is resumed; a new run follows a finished one."""
     first, lasted = undisturbed
     chance, kills, finished = random.Random(0), 0, 0
     log = (tmp_path / "log").open("w")
@@ -95,7 +95,7 @@ def test_killed_at_random_moments_the_tables_are_the_same(config, undisturbed, t
         for victim in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim.pid, signal.SIGKILL)
-        run.wait(timeout=600)  # without one of its processes it goes on, or ends
+        run.wait(timeout=600)  # without one of its processes it continues, or ends
         assert nothing_left(folder), running(folder)
         if run.returncode == 0:
             compare(folder, first)

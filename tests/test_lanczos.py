@@ -43,7 +43,7 @@ def test_moments_are_unbiased():
         assert abs(z) < 4
 
 
-def test_nodes_are_the_eigenvalues_once_every_distinct_one_has_a_step():
+def test_nodes_are_the_eigenvalues_after_a_step_for_each_distinct_one():
     eigenvalues = np.repeat([3.0, 1.0, 0.25, 0.0], 5)
     density = lanczos.density(Dense(jacobian(tuple(eigenvalues))), probes=3, steps=12)
     for nodes, weights in zip(density.nodes, density.weights, strict=True):
@@ -53,13 +53,13 @@ def test_nodes_are_the_eigenvalues_once_every_distinct_one_has_a_step():
     assert density.passes <= 2 * 3 * 12
 
 
-def test_refuses_no_probes():
+def test_zero_probes_are_refused():
     with pytest.raises(BadInput, match="positive"):
         lanczos.density(Dense(jacobian("1/i")), probes=0)
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_backends_give_numpys_quadrature_in_float32(backend):
+def test_backends_agree_with_numpy_in_float32(backend):
     import jax.numpy as jnp
     import torch
 
@@ -73,7 +73,7 @@ def test_backends_give_numpys_quadrature_in_float32(backend):
 @pytest.mark.parametrize("passes", [40, 400])
 @pytest.mark.parametrize("seed", range(4))
 def test_eigenvalues_by_products_in_float32_are_within_their_errors(seed, passes):
-    """Residuals alone are smaller than the error, once they are down to rounding."""
+    """Once residuals are down to rounding, they alone are smaller than the error."""
     problem = problems.load("transformer_tiny")
     J = testing.explicit_jacobian(problem)
     exact = np.linalg.eigvalsh(J @ J.T)[::-1][:5]
@@ -81,7 +81,7 @@ def test_eigenvalues_by_products_in_float32_are_within_their_errors(seed, passes
     found = lanczos.ritz_pairs(j, 5, rtol=1e-9, passes=passes, seed=seed)
     errors = found.residuals + found.rounding
     np.testing.assert_array_equal(lanczos.largest(j, 5, rtol=1e-9, passes=passes, seed=seed).errors, errors)
-    # A residual bounds the distance from the nearest eigenvalue, and once it is small that of the same number.
+    # A residual bounds the distance to the nearest eigenvalue, and a small one that to the one of the same index.
     nearest = np.sort(abs(found.values[:, None] - np.linalg.eigvalsh(J @ J.T)), axis=1)[:, 0]
     assert (nearest <= errors).all() and (passes < 400 or (abs(found.values - exact) <= errors).all())
     known = lanczos.rounding(j) * float(np.trace(J @ J.T))

@@ -1,4 +1,4 @@
-"""Decoder-only transformers: torch against JAX and against transformers' GPT-2, causality, heads, what is read out."""
+"""Decoder-only transformers: torch against JAX and against transformers' GPT-2, causality, heads, readouts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_values_and_gradients_are_the_same_in_jax(head, read):
 
 
 @readouts
-def test_what_is_read_out_has_its_shape(read):
+def test_readouts_have_the_expected_shapes(read):
     shapes = {"logits": (3, 5, 7), "last": (3, 7), "states": (3, 2, 5, 8)}
     assert drawn(read=read)(TOKENS).shape == shapes[read]
 
@@ -91,7 +91,7 @@ def test_a_tied_head_shares_the_embedding():
         assert bool(gradient.any()) == moves, "the embedding of a token that is not there acts as its readout"
 
 
-def test_a_tied_head_is_in_the_kernel_once():
+def test_a_tied_head_counts_once_in_the_kernel():
     network = drawn("tied").float()
     theta = list(network.double().parameters())
     rows = [torch.autograd.grad(f, theta, retain_graph=True) for f in network(TOKENS).reshape(-1)]
@@ -99,7 +99,7 @@ def test_a_tied_head_is_in_the_kernel_once():
     torch.testing.assert_close(ntkbench.ntk(network, TOKENS, dtype="float64"), J @ J.T)
 
 
-def test_the_network_is_gpt2s():
+def test_the_network_is_that_of_gpt2():
     transformers = pytest.importorskip("transformers")
     try:
         model = transformers.GPT2LMHeadModel
@@ -146,14 +146,14 @@ def test_initial_weights_are_those_of_gpt2():
         (language.Size(50_257, 1024, 1024, 24, 16), "untied", 406_286_336),
     ],
 )
-def test_large_shapes_have_their_parameters(size, head, parameters):
+def test_large_networks_have_the_expected_number_of_parameters(size, head, parameters):
     with torch.device("meta"):
         network = language.Transformer(size, head)
         assert network(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 50_257)
     assert sum(w.numel() for w in network.parameters()) == parameters
 
 
-def test_heads_that_do_not_share_the_width_are_refused():
+def test_a_width_that_is_no_multiple_of_the_heads_is_refused():
     with pytest.raises(BadInput, match="d=6 is not a multiple of 4"):
         language.Size(7, 6, 6, 2, 4)
 
@@ -161,7 +161,7 @@ def test_heads_that_do_not_share_the_width_are_refused():
 @pytest.mark.parametrize(
     ("label", "says"), [("gpt2_small[T=1025]", "T can be at most 1024"), ("gpt2_small[d=100]", None)]
 )
-def test_sizes_that_gpt2_cannot_have_are_one_line(label, says):
+def test_sizes_of_gpt2_are_checked(label, says):
     if says is None:
         assert problems.check(label) == label
         return

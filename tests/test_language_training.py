@@ -48,8 +48,8 @@ def jacobian(module: torch.nn.Module, x: np.ndarray) -> dict[str, torch.Tensor]:
     return {name: torch.stack([row[i].flatten() for row in rows]) for i, name in enumerate(theta)}
 
 
-def test_every_step_and_part_is_right(table):
-    """Against Theta written out at the weights that the recipe gives, after as many steps."""
+def test_every_step_and_part_matches_the_explicit_theta(table):
+    """Against an explicit Theta at the weights that the recipe reaches after as many steps."""
     assert (table["status"] == "ok").all(), table["reason"].unique()
     assert list(dict.fromkeys(table["part"])) == [study.WHOLE, *PARTS, *study.FACTORS]
     assert len(table) == 3 * 9 * 4 and not table.duplicated(["step", "part", "metric"]).any()
@@ -82,7 +82,7 @@ def test_every_step_and_part_is_right(table):
 
 
 def test_the_factors_are_those_of_the_network_at_each_step(table):
-    """K against the kernels API at the weights of a step, and P P* within its interval of the exact one."""
+    """Against ``Kernel.factors`` at the weights of a step: K exactly, P P* within twice the width of its interval."""
     definition = problems.define(TINY["problems"][0])
     part, kernels = definition.part, {}
     for step, _ in definition.training.course(definition.module):
@@ -121,7 +121,7 @@ def test_parts_add_up_and_cover_all_parameters(table):
     assert study.parts(["other.0.weight", "norm.bias"]) == {"other": ["other.0.weight"], "readout": ["norm.bias"]}
 
 
-def test_steps_behind_the_end_of_the_recipe_are_rows_that_say_so():
+def test_steps_beyond_the_recipe_are_failed_rows_with_a_reason():
     given = TINY | {"problems": ["transformer_tiny[N=1,T=2,read=last]"]}
     recipe = problems.define(given["problems"][0]).training
     length = recipe.epochs * -(-len(recipe.x) // recipe.batch)
@@ -170,7 +170,7 @@ def pairs(count):
     return [list(each) for each in itertools.combinations(range(count), 2)]
 
 
-def test_the_course_of_a_recipe_is_its_training():
+def test_the_course_of_a_recipe_follows_its_training():
     trained, other = (torch.nn.Linear(2, 1) for _ in range(2))
     other.load_state_dict(trained.state_dict())
     x, y = torch.randn(6, 2), torch.randn(6, 1).double()
@@ -184,7 +184,7 @@ def test_the_course_of_a_recipe_is_its_training():
     assert any(abs(seen[-1][1] - loss) < 1e-6 for loss in losses), "of the last batch, after the last step"
 
 
-def test_the_figure_says_what_the_table_does(table, tmp_path):
+def test_the_figure_shows_the_values_of_the_table(table, tmp_path):
     made = figures.draw(NAME, table, tmp_path)
     caption, plotted = made[1].read_text(), pd.read_csv(made[0])
     np.testing.assert_allclose(plotted["value"], table["value"])

@@ -1,4 +1,4 @@
-"""Budgets at an error: fitted laws against laws that are known."""
+"""Budgets at a given error: fitted laws against known ones."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_a_law_without_noise_is_found_exactly():
 
 
 @pytest.mark.parametrize(("power", "scale"), [(0.5, 0.1), (1.5, 8.0)])
-def test_bands_hold_the_budget_that_is_right(power, scale):
-    """In 95 % of the tables, and of 200 tables in no fewer than 90 %."""
+def test_bands_cover_the_true_budget(power, scale):
+    """In 95 % of all tables, and in at least 90 % of 200 tables."""
     rng, truth = np.random.default_rng(0), (scale / GOAL) ** (1 / power)
     found = [laws.fit(measured(rng, 20, scale, power), seed=i).reached(GOAL) for i in range(200)]
     for low, right, high in ((1, truth, 2), (4, 1e-3 * (5 + truth), 5)):
@@ -50,7 +50,7 @@ def test_bands_hold_the_budget_that_is_right(power, scale):
     assert middle == pytest.approx(truth, rel=0.12)
 
 
-def test_the_luckiest_budget_is_biased_and_the_laws_is_not():
+def test_the_first_budget_within_the_goal_is_biased_and_that_of_the_law_is_not():
     """Of many noisy budgets, as in figure 1 of Hazelden's paper, the first that is within the goal is too small."""
     rng, truth = np.random.default_rng(1), 100.0
     budgets = np.unique(np.geomspace(6, 1200, 40).round())
@@ -63,8 +63,8 @@ def test_the_luckiest_budget_is_biased_and_the_laws_is_not():
     assert np.exp(np.mean(fitted)) == pytest.approx(1, abs=0.15)
 
 
-def test_bands_hold_the_budget_where_budgets_share_their_seeds():
-    """The same seeds at all budgets: what is low by luck is low at every budget."""
+def test_bands_cover_the_budget_where_budgets_share_their_seeds():
+    """With the same seeds at all budgets, an error that is low by chance is low at every budget."""
     rng, held = np.random.default_rng(0), []
     for i in range(200):
         table = measured(rng, 20).drop(columns="first_seed")
@@ -76,7 +76,7 @@ def test_bands_hold_the_budget_where_budgets_share_their_seeds():
 
 
 def test_the_fastest_of_equal_methods_is_not_too_fast():
-    """The least of ten methods' times, which are equal, is within the noise of one."""
+    """The smallest time of ten equally fast methods is within the noise of one."""
     rng = np.random.default_rng(2)
     least = [
         min(laws.fit(measured(rng, 50), seed=i).reached(GOAL).seconds for i in range(10)) / 0.105 for _ in range(20)
@@ -84,7 +84,7 @@ def test_the_fastest_of_equal_methods_is_not_too_fast():
     assert np.exp(np.mean(np.log(least))) > 0.6
 
 
-def test_errors_fall_at_least_as_the_root_and_seconds_grow():
+def test_errors_fall_at_least_as_the_inverse_root_and_seconds_grow():
     rng = np.random.default_rng(3)
     law = laws.fit(measured(rng, 3))
     assert (np.diff(np.log(law.errors)) <= -0.5 * np.diff(np.log(law.passes)) + 1e-9).all()
@@ -103,13 +103,13 @@ def test_a_deterministic_method_has_one_error_and_its_seconds_vary():
     assert np.isnan(laws.fit(row).reached(0.003)).all()
 
 
-def test_a_budget_measured_twice_counts_with_both():
+def test_a_budget_measured_twice_has_the_mean_of_both():
     table = measured(np.random.default_rng(0), 5, budgets=(100, 100)).assign(error=[0.02, 0.005])
     assert laws.fit(table).error(100)[0] == pytest.approx(0.01)
 
 
 def timed(seconds: float, calls: int, spread: float = 0.0) -> pd.DataFrame:
-    """A deterministic method; with a single call both quartiles are the value."""
+    """A deterministic method; without a spread both quartiles are the value."""
     row = {"passes": np.nan, "seeds": 1, "calls": calls, "error": 0.0, "error_q25": 0.0, "error_q75": 0.0}
     row |= {"seconds": seconds, "seconds_q25": seconds * (1 - spread), "seconds_q75": seconds * (1 + spread)}
     return pd.DataFrame([row])
@@ -122,7 +122,7 @@ def width(law: laws.Law) -> float:
 
 @pytest.mark.parametrize("calls", [1, 2, 1000])
 def test_seconds_are_never_certain(calls):
-    """Neither where quartiles of few calls are equal, nor where many calls agree: machines drift between rows."""
+    """Even where the quartiles of few calls are equal or many calls agree: machines drift between rows."""
     found = width(laws.fit(timed(1.0, calls)))
     assert 2 * 1.96 * laws.DRIFT * 0.7 < found < 2 * 1.96 * laws.DRIFT * 1.4
     assert width(laws.fit(timed(1.0, calls), drift=0.0)) == 0, "a cost that is counted"
@@ -153,7 +153,7 @@ def test_the_smallest_of_some_numbers_is_certain_only_where_they_are_far_apart()
     assert laws.smallest(np.array([1.0, 0.0]), np.zeros(2)).tolist() == [0, 1]
 
 
-def test_median_seconds_of_many_calls_vary_by_the_drift_and_of_few_by_what_is_typical():
+def test_median_seconds_of_many_calls_vary_by_the_drift_and_of_few_by_the_typical_spread():
     points = pd.DataFrame(
         {
             "seconds": [1.0, 2.0],

@@ -1,4 +1,4 @@
-"""Batches in which few samples have most of the kernel: exact samples, errors and notes."""
+"""Batches in which a few samples have most of the kernel: exact samples, errors and notes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STRUCTURED = "structured_block_u_statistics"
 
 @functools.cache
 def problem(batch: str) -> Problem:
-    """An MLP at two sets of weights, on inputs of one of the kinds."""
+    """An MLP at two parameter sets, on one of the batches."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sizes = (8, 24, OUTPUTS)
@@ -73,7 +73,7 @@ def coverage(method: str, batch: str, metric: str, passes: int = 8, seeds: int =
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.slow
-def test_block_estimates_cover_whatever_the_batch_and_are_unbiased(batch, metric):
+def test_block_estimates_are_unbiased_and_covered_for_every_batch(batch, metric):
     off = errors(STRUCTURED, batch, metric)
     assert abs(off.mean()) < 4 * off.std() / len(off) ** 0.5 + off.std() ** 2
     assert 0.90 <= coverage(STRUCTURED, batch, metric) <= 0.995
@@ -84,7 +84,7 @@ def test_block_estimates_cover_whatever_the_batch_and_are_unbiased(batch, metric
 @pytest.mark.parametrize(("batch", "most"), [("one outlier", 0.002), ("heavy-tailed", 0.03)])
 @pytest.mark.parametrize("method", [STRUCTURED, "sample_subset"])
 @pytest.mark.slow
-def test_samples_that_have_most_of_the_kernel_leave_no_error(method, batch, most):
+def test_samples_with_most_of_the_kernel_leave_little_error(method, batch, most):
     for metric in METRICS:
         off = errors(method, batch, metric)
         assert np.sqrt((off**2).mean()) < most
@@ -94,13 +94,13 @@ def test_samples_that_have_most_of_the_kernel_leave_no_error(method, batch, most
 
 @pytest.mark.parametrize("method", [STRUCTURED, "block_u_statistics", "sample_subset"])
 @pytest.mark.parametrize("batch", ["even", "imbalanced"])
-def test_even_samples_are_left_to_chance(method, batch):
+def test_even_batches_have_no_notes(method, batch):
     for each in found(method, batch, 8, 20):
         assert not each["norm"].notes
 
 
 @pytest.mark.parametrize(("method", "passes"), [("block_u_statistics", 2), ("group_u_statistics", 2), (STRUCTURED, 2)])
-def test_uneven_samples_that_are_left_to_chance_are_noted(method, passes):
+def test_uneven_samples_that_are_not_taken_exactly_are_noted(method, passes):
     for each in found(method, "one outlier", passes, 3):
         assert "have most of ||Theta||^2, and none is taken exactly" in each["norm"].notes[0]
 
@@ -108,7 +108,7 @@ def test_uneven_samples_that_are_left_to_chance_are_noted(method, passes):
 @pytest.mark.parametrize("method", ["block_u_statistics", "group_u_statistics"])
 @pytest.mark.parametrize("batch", ["one outlier", "heavy-tailed"])
 @pytest.mark.slow
-def test_gradients_of_outliers_are_written_out_and_leave_no_error(method, batch):
+def test_gradients_of_outliers_are_taken_exactly_and_leave_little_error(method, batch):
     for metric in METRICS:
         off = errors(method, batch, metric, seeds=40)
         assert np.sqrt((off**2).mean()) < 0.005
@@ -118,7 +118,7 @@ def test_gradients_of_outliers_are_written_out_and_leave_no_error(method, batch)
         assert "% of the trace taken exactly" in each["norm"].notes[0]
 
 
-def test_outliers_apart_in_a_budget_that_comes_in_parts():
+def test_outliers_are_taken_exactly_in_a_budget_that_comes_in_parts():
     method = methods.get("group_u_statistics")
     ready = method.prepare(problem("one outlier"), Target("torch", "float64", "cpu", 2**30))
     accumulator, ledger = method.begin(ready, ("norm",), 0)
@@ -132,16 +132,16 @@ def test_outliers_apart_in_a_budget_that_comes_in_parts():
 
 
 @pytest.mark.parametrize(("method", "few"), [("hutchpp", 40), ("nystrompp", 40), ("gram_forward", 16)])
-def test_a_budget_of_few_probes_says_so(method, few):
-    """Of their intervals 11 to 14 % missed the value on uneven batches (seen in the calibration)."""
+def test_a_budget_of_few_probes_is_noted(method, few):
+    """In the calibration, 11 to 14 % of their intervals missed the value on uneven batches."""
     chosen, target = methods.get(method), Target("torch", "float64", "cpu", 2**30)
     ready = chosen.prepare(problem("imbalanced"), target)
     assert "few probes" in chosen.estimate(ready, "norm", few).notes[0]
     assert not chosen.estimate(ready, "norm", 256).notes
 
 
-def test_many_leave_one_out_probes_say_that_their_interval_is_conservative():
-    """Of the transformer in the calibration all intervals of 85 probes contained the value."""
+def test_conservative_intervals_of_many_leave_one_out_probes_are_noted():
+    """In the calibration, all intervals of 85 probes on the transformer covered the value."""
     method = methods.get("nystrom_loo")
     ready = method.prepare(problem("imbalanced"), Target("torch", "float64", "cpu", 2**30))
     assert "conservative interval" in method.estimate(ready, "norm", 255).notes[0]
@@ -149,8 +149,8 @@ def test_many_leave_one_out_probes_say_that_their_interval_is_conservative():
     assert not method.remarks(0.0, 3.0, 85) and not method.remarks(0.1, 30.0, 85)
 
 
-def test_an_interval_of_a_subset_that_leaves_few_samples_out_says_so():
-    """Few left out have no normal sum: of 12 samples without one, the interval misses 2 (seen in the calibration)."""
+def test_an_interval_of_a_subset_that_leaves_few_samples_out_is_noted():
+    """A sum over few is not normal: leaving one of 12 samples out, 2 of 12 intervals missed in the calibration."""
     method = methods.get("sample_subset")
     ready = method.prepare(problem("even"), Target("torch", "float64", "cpu", 2**30))
     for passes, left_out in {16: 0, 15: 4, 14: 6, 13: 0, 12: 0}.items():  # 1 pass tells whether samples are even
@@ -178,7 +178,7 @@ def test_subsets_of_an_imbalanced_batch_are_covered(metric):
 
 @pytest.mark.slow
 def test_subsets_of_an_imbalanced_batch_are_covered_at_a_tolerance():
-    """A run stops where its error seems small, and the samples left out may be the ones that matter."""
+    """A run stops where its error looks small, but the samples left out may be those that matter."""
     method = methods.get("sample_subset")
     ready = method.prepare(problem("imbalanced"), Target("torch", "float64", "cpu", 2**30))
     made = [method.estimates(ready, ("norm",), 64, seed, rtol=0.05)["norm"] for seed in range(200)]
@@ -190,7 +190,7 @@ def test_subsets_of_an_imbalanced_batch_are_covered_at_a_tolerance():
 @pytest.mark.parametrize(("metric", "most"), [("norm", 0.06), ("effective_rank", 0.075)])
 @pytest.mark.slow
 def test_probabilities_by_trace_lower_the_error_of_even_batches(metric, most):
-    """The errors with equal probabilities were .084 of both."""
+    """With equal probabilities the errors of both metrics were 0.084."""
     assert np.sqrt((errors("sample_subset", "even", metric) ** 2).mean()) < most
 
 
@@ -206,7 +206,7 @@ def test_few_probes_of_an_outlier_do_not_end_a_run_to_a_tolerance():
         assert estimate.value == pytest.approx(exact, rel=0.02)
 
 
-def test_changes_without_a_probe_are_those_of_the_remaining_probes():
+def test_leave_one_out_changes_are_those_of_the_remaining_probes():
     rng, N, K = np.random.default_rng(0), 3, 6
     w, singles, traces = rng.standard_normal((N, K, 4)), rng.random((1, N, K)), rng.random((N, K))
     table = np.einsum("bkp,clp->bkcl", w, w) ** 2
@@ -273,7 +273,7 @@ def test_uneven_strata_have_fewer_degrees_of_freedom():
 
 @pytest.mark.slow
 def test_the_effective_rank_of_two_probes_is_nearly_unbiased():
-    """By the method from end to end, and by its formula where the bias of the ratio of means is larger."""
+    """By the whole method, and by its formula where the bias of the ratio of means is larger."""
     method = methods.get("block_u_statistics")
     ready = method.prepare(problem("even"), Target("torch", "float64", "cpu", 2**30))
     exact = truth("even")["effective_rank"]
@@ -297,7 +297,7 @@ def test_the_effective_rank_of_two_probes_is_nearly_unbiased():
 
 
 @pytest.mark.parametrize("steps", [(4, 4, 8), (16,), (5, 11)])
-def test_exact_samples_in_a_budget_that_comes_in_parts(steps):
+def test_samples_are_taken_exactly_in_a_budget_that_comes_in_parts(steps):
     method = methods.get(STRUCTURED)
     ready = method.prepare(problem("one outlier"), Target("torch", "float64", "cpu", 2**30))
     accumulator, ledger = method.begin(ready, ("norm",), 0)
@@ -318,7 +318,7 @@ def test_uneven_samples_that_can_all_be_taken_exactly_are():
         assert estimate[metric].passes <= 2 * (OUTPUTS + 1)
 
 
-def test_strata_are_exact_where_that_divides_the_predicted_variance():
+def test_strata_are_exact_where_that_reduces_the_predicted_variance():
     shares = np.array([1.0, 100.0, 1.0, 50.0, *[1.0] * 16])
     choice = strata.choose(shares, 8, lambda k: 16, max_probes=16, max_exact=20)
     assert {1, 3} <= set(choice.exact.tolist()) and choice.uneven
@@ -332,7 +332,7 @@ def test_strata_are_exact_where_that_divides_the_predicted_variance():
 
 
 def test_terms_of_single_probes_count_as_effects():
-    """Singles alone make a stratified mean, with its variance."""
+    """Terms of single probes alone form a stratified mean, with its variance."""
     values = np.random.default_rng(0).standard_normal((1, 3, 6))
     sums = PairSums(3, 6, 1)
     sums.add_singles(values)

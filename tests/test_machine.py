@@ -1,4 +1,4 @@
-"""Speeds of a machine: measured on a clock of the test, kept, and measured again where a file cannot be used."""
+"""Speeds of a machine: measured with the test's clock, kept, and measured again where a file cannot be used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TARGET = Target(device="cpu")
 
 
 class Clock:
-    """Advances by the same time whenever it is read, and counts how often."""
+    """A clock that advances by the same time at each reading, and counts the readings."""
 
     def __init__(self, step: float) -> None:
         self.step, self.reads = step, 0
@@ -52,7 +52,7 @@ def test_speeds_are_those_on_the_clock(empty):
     assert found.seconds(2 * 8**3, 64, machine.CALLS) == pytest.approx(0.14)
 
 
-def test_they_are_measured_once_and_kept(empty):
+def test_speeds_are_measured_once_and_kept(empty):
     found = machine.speeds(TARGET, clock=Clock(0.05))
     again = Clock(0.01)
     assert machine.speeds(TARGET, clock=again) == found
@@ -92,7 +92,7 @@ def test_a_file_that_cannot_be_used_is_measured_again(empty, change):
     assert machine.speeds(TARGET, measured=False) == second, "it was written anew"
 
 
-def test_they_can_be_switched_off(empty, monkeypatch):
+def test_measuring_can_be_switched_off(empty, monkeypatch):
     assert machine.speeds(TARGET, measured=False) is None
     monkeypatch.setenv(machine.SWITCH, "off")
     assert machine.speeds(TARGET, clock=Clock(0.05)) is None

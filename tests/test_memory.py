@@ -1,4 +1,4 @@
-"""What methods with random probes hold at a time, against the memory that they are given."""
+"""Peak memory of stochastic methods, against the memory that they are given."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SLACK = 2**18
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """Most bytes that torch held, and most that NumPy held, from here on."""
+    """Sum of the peaks of torch's and of NumPy's bytes during a run."""
     tracemalloc.start()
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -46,7 +46,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return most + numpy
 
 
-def test_the_peak_is_that_of_what_is_held():
+def test_the_peak_is_that_of_the_bytes_held():
     def run() -> None:
         held = [torch.ones(1000, 1000)]
         held.append(held[0] * 2)
@@ -64,8 +64,8 @@ def served(method: Stochastic, size: str) -> Problem:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("method", STOCHASTIC, ids=lambda method: method.name)
-def test_methods_hold_no_more_than_they_may(method, size):
-    """Whatever the memory, unless they need more and say so."""
+def test_methods_stay_within_their_memory(method, size):
+    """Unless they need more, which they announce or report."""
     problem, done = served(method, size), 0
     for metric in sorted({"trace", "norm", "alignment"} & set(method.metrics)) or method.given:
         for memory in (2**18, 2**20, 2**22):
@@ -96,14 +96,14 @@ def net(outputs: int = 2, inputs: int = 3) -> nn.Module:
 
 @pytest.mark.parametrize("name", ["gram_reverse", "one_sided_orthonormal", "one_sided_paper_forward"])
 def test_vectors_that_do_not_fit_are_refused_before_any_work(name):
-    """By the method that is asked for; there is no way around them."""
+    """The requested method cannot do without them."""
     model, x = net(inputs=1000), torch.randn(300, 1000)
     metric = methods.get(name).metrics[-1] if name != "gram_reverse" else "norm"
     with pytest.raises(OverMemory, match=rf"{name} needs \d+ bytes at once for the {metric}; memory is 10000"):
         getattr(ntkbench, metric)(model, x, method=name, memory=10_000, passes=64)
 
 
-def test_many_samples_are_left_to_chunks_of_tables():
+def test_many_samples_are_left_to_a_method_with_chunks_of_tables():
     """Tables of all pairs of two probes would take 40 MB."""
     x = torch.randn(500, 3)
     found = ntkbench.norm(net(20), x, memory=2**22, passes=8)
@@ -115,7 +115,7 @@ def test_many_samples_are_left_to_chunks_of_tables():
 
 @pytest.mark.parametrize("share", [1.1, 1.5, 1.9, 4.0])
 @pytest.mark.parametrize("method", ["auto", "batched_jacobian"])
-def test_rows_that_are_recomputed_count_before_they_are_spent(method, share):
+def test_recomputed_rows_count_before_they_are_spent(method, share):
     """J fits in the memory, but not in half of it: a budget is kept or refused."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 4))
@@ -138,7 +138,7 @@ def test_rows_that_are_recomputed_count_before_they_are_spent(method, share):
 
 
 class AcrossTheBatch(nn.Module):
-    """Attention between all samples, whose weights are as many as pairs of samples."""
+    """Attention between all samples, with a weight for each pair of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class AcrossTheBatch(nn.Module):
         return torch.softmax(h @ h.T, dim=-1) @ h
 
 
-def test_what_autograd_saves_of_interacting_samples_grows_as_a_square():
+def test_what_autograd_saves_of_interacting_samples_grows_quadratically():
     from ntkbench.operators import linearise
     from ntkbench.operators.torch import saved_bytes
 

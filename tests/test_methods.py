@@ -1,4 +1,4 @@
-"""The contract of every method in the registry: exact, as cheap as it says, reproducible, honest about its error."""
+"""The contract of every registered method: exact values, stated costs, reproducibility and calibrated errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STOCHASTIC = [m for m in ALL if m.takes_passes]
 CHECKS = [
     (label, metric, dtype)
     for label in ("digits_mlp[N=4]", "digits_conv[N=4]", "gru_hazelden[N=2,T=2]")
-    # Between them these have all four moments; every metric by itself is checked on a smaller problem.
+    # Together these have all four moments; each metric by itself is checked on a smaller problem.
     for metric, dtype in (("alignment", "float64"), ("effective_rank", "float32"))
 ]
 
@@ -71,7 +71,7 @@ def skip_refused(method: Method, label: str, metric: str, backend: str) -> None:
 
 
 def served(method: Method, label: str) -> str:
-    """A problem of the tests, or the one with a wide head in its place that a method serves."""
+    """The label, or that of a problem with a wide head if the method does not support the first."""
     target = Target(method.backends[0], "float64", "cpu")
     others = {"tanh_net": "headed", "wide": "wide_headed", "active": "wide_headed"}
     return label if method.unsupported_reason(loaded(label), method.given[0], target) is None else others[label]
@@ -92,7 +92,7 @@ def truth(label: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("label", ["small_mlp", "reversing_transformer", "digits_conv[N=4]", "gru_hazelden[N=2,T=2]"])
 @pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
-def test_a_method_that_does_not_apply_is_skipped_and_not_failed(method, label):
+def test_a_method_that_does_not_apply_is_skipped_and_does_not_fail(method, label):
     skip_refused(method, label, method.given[0], method.backends[0])
     try:
         prepared(method, label, method.backends[0])
@@ -109,7 +109,7 @@ def test_methods_keep_their_contract(method, backend, metric):
 @pytest.mark.parametrize(("method", "metric"), doubles(STOCHASTIC))
 @pytest.mark.slow
 def test_standard_errors_are_calibrated(method, metric):
-    # A subset of samples is the more exact the more of them it has, and soon has all; a pass goes to their shares.
+    # A larger subset of samples is more exact, and soon has all of them; one pass is spent on their shares.
     # Its error counts the interaction of two samples twice, and is 1.2 times too large here.
     given = {"passes": {"alignment": 8}.get(metric, 4), "slack": 0.55} if method.name == "sample_subset" else {}
     testing.check_calibration(method.name, metric, seeds=SEEDS_OF_ERRORS, **given)
@@ -121,10 +121,10 @@ MEMORIES = {"wide": (2**10, 2**15, 2**17, 2**18, 2**19, 2**20), "active": (2**18
 @pytest.mark.parametrize("label", MEMORIES)
 @pytest.mark.parametrize("method", STOCHASTIC, ids=lambda m: m.name)
 @pytest.mark.slow
-def test_no_method_spends_more_than_its_budget_however_little_memory_there_is(method, label):
-    """What does not fit is computed again, which counts; a budget that is too small for that is refused in one line.
+def test_no_method_exceeds_its_budget_whatever_the_memory(method, label):
+    """Recomputation counts as passes; a budget that is too small for it is refused in one line.
 
-    Little memory holds few rows of a kernel, or the activations of few samples.
+    A small memory holds few rows of a kernel, or the activations of few samples.
     """
     problem, done = loaded(served(method, label)), 0
     for metric in sorted({"norm", "alignment"} & set(method.metrics)) or method.given:
@@ -136,7 +136,7 @@ def test_no_method_spends_more_than_its_budget_however_little_memory_there_is(me
                     continue
                 try:
                     found = [method.estimate(ready, metric, passes)]
-                    if isinstance(method, Incremental):  # in batches, to a tolerance that is out of reach
+                    if isinstance(method, Incremental):  # in batches, to an unreachable tolerance
                         found.append(method.estimates(ready, (metric,), passes, rtol=1e-12)[metric])
                 except OverMemory as error:
                     assert len(str(error).splitlines()) == 1
@@ -171,7 +171,7 @@ def narrow(forward_mode: bool) -> Problem:
 
 @pytest.mark.parametrize("forward_mode", [True, False])
 @pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC, slow=("jax",)))
-def test_no_method_spends_more_than_its_budget_with_and_without_forward_mode(method, backend, metric, forward_mode):
+def test_no_method_exceeds_its_budget_with_or_without_forward_mode(method, backend, metric, forward_mode):
     """A JVP takes two passes without forward mode; a budget that is too small for that is refused in one line."""
     problem, target, done = narrow(forward_mode), Target(backend, "float64", "cpu"), 0
     if method.unsupported_reason(problem, metric, target, 10**6):
@@ -192,7 +192,7 @@ def test_no_method_spends_more_than_its_budget_with_and_without_forward_mode(met
             assert len(str(error).splitlines()) == 1 and passes < 2 * least
             continue
         assert all(each.passes <= passes for each in found), passes
-        # Of what is left, less than a probe: a budget is not just halved.
+        # Less than a probe is left over: a budget is not just halved.
         if not forward_mode and method.name in ("hutchinson", "one_sided_forward", "gram_forward"):
             share = method.jvp_share(metric)
             assert passes - found[0].passes < (1 + share) * (method.passes_per_probe(metric) + 1)
@@ -214,7 +214,7 @@ def test_spectra_and_solutions_by_products_keep_their_budget(forward_mode, backe
 
 @pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC, slow=("jax",)))
 def test_no_interval_is_narrower_than_rounding(method, backend, metric):
-    """With one output a sample some methods have no other error, which is not a tolerance that is reached."""
+    """With one output per sample some methods have no other error, but they do not reach every tolerance."""
     problem, target = testing.smooth_problem("one_each", 4, 3, 5, 1), Target(backend, "float32", "cpu")
     if method.unsupported_reason(problem, metric, target, 10**6):
         pytest.skip("does not apply")
@@ -230,7 +230,7 @@ def test_no_interval_is_narrower_than_rounding(method, backend, metric):
         assert metric == "alignment" or high - low > e.rounding * e.value
 
 
-def test_values_without_an_error_but_rounding_say_that_a_tolerance_is_below_it():
+def test_a_tolerance_below_rounding_is_noted():
     torch.manual_seed(0)
     model, x = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)), torch.randn(4, 3)
     found = ntkbench.trace(model, x, method="per_sample_trace", rtol=1e-9)
@@ -240,11 +240,11 @@ def test_values_without_an_error_but_rounding_say_that_a_tolerance_is_below_it()
     assert said not in ntkbench.trace(model, x, method="per_sample_trace", rtol=1e-9, dtype="float64").notes
 
 
-def test_no_two_methods_have_one_title():
+def test_titles_of_methods_are_unique():
     assert len({method.title for method in ALL}) == len(ALL)
 
 
-def test_methods_of_the_design_are_there():
+def test_expected_methods_are_registered():
     assert set(methods.names()) >= {
         "direct",
         "hutchinson",
@@ -328,14 +328,14 @@ def test_hutchpp_is_exact_once_the_sketch_spans_theta(backend, metric):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_shared_probe_alignment_is_exact_with_a_probe_an_output(backend):
+def test_shared_probe_alignment_is_exact_with_one_probe_per_output(backend):
     method = methods.get("shared_probe_alignment")
     estimate = method.estimate(prepared(method, "tanh_net", backend), "alignment", 4 * 8, 0)
     assert estimate.value == pytest.approx(truth("tanh_net")["alignment"], rel=1e-9)
     assert estimate.passes == 4 * 6
 
 
-def test_shared_probe_alignment_knows_when_it_is_exact():
+def test_shared_probe_alignment_has_no_error_when_it_is_exact():
     method = methods.get("shared_probe_alignment")
     estimate = method.estimate(prepared(method, "tanh_net", "torch"), "alignment", 4 * 6, 0)
     assert estimate.standard_error == pytest.approx(0, abs=1e-6)
@@ -414,7 +414,7 @@ def test_errors_are_known_where_one_probe_spans_the_space(method, backend, metri
     assert done
 
 
-def test_interacting_samples_are_served_by_whole_passes(tiny):
+def test_exact_methods_support_interacting_samples(tiny):
     """A network that centres each batch: methods that need no independent samples stay exact."""
     from torch import nn
 
@@ -434,8 +434,8 @@ def test_interacting_samples_are_served_by_whole_passes(tiny):
 
 @pytest.mark.parametrize("metric", ["trace", "norm", "alignment"])
 @pytest.mark.parametrize("memory", [2**30, 2**18, 2**14, 1])
-def test_rows_that_are_recomputed_count_as_passes(metric, memory):
-    """Where not all of J fits, so that a budget is kept also by the last method that auto tries."""
+def test_recomputed_rows_count_as_passes(metric, memory):
+    """Where J does not fit, so that the last method that ``auto`` tries keeps its budget, too."""
     problem, target = testing.smooth_problem("rows", 12, 20, 30, 4), Target("torch", "float64", "cpu", memory)
     method = methods.get("naive_jacobian")
     found = method.estimate(method.prepare(problem, target), metric)
@@ -472,8 +472,8 @@ SMALLEST = {f"{N} x {outputs}": (N, 3, 4, outputs) for N, outputs in ((1, 1), (6
 @pytest.mark.parametrize("size", SMALLEST)
 @pytest.mark.parametrize("method", [m for m in STOCHASTIC if isinstance(m, Incremental)], ids=lambda m: m.name)
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_an_estimate_of_which_nothing_is_left_to_chance_has_no_error(method, size):
-    """With one output of all, or more probes than outputs; the error is known, and the interval covers."""
+def test_intervals_cover_on_the_smallest_problems(method, size):
+    """With a single output, or more probes than outputs, the error is known and the interval covers."""
     target, problem = Target(method.backends[0], "float64", "cpu"), testing.smooth_problem(size, *SMALLEST[size])
     if reason := method.unsupported_reason(problem, method.given[0], target):
         pytest.skip(reason)
@@ -495,7 +495,7 @@ def test_an_estimate_of_which_nothing_is_left_to_chance_has_no_error(method, siz
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_samples_that_are_all_taken_exactly_leave_no_error():
-    """One output and one large sample; a group of one probe has no pairs, and needs none."""
+    """With one output per sample and one large sample; a group of one probe has no pairs, and needs none."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, x = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 1)), torch.randn(32, 8)
@@ -511,7 +511,7 @@ def test_samples_that_are_all_taken_exactly_leave_no_error():
 
 
 @pytest.mark.parametrize("method", DETERMINISTIC, ids=lambda method: method.name)
-def test_formulas_of_passes_are_those_that_are_needed(method):
+def test_formulas_of_passes_give_the_passes_needed(method):
     target = Target(method.backends[0], "float64", "cpu")
     small = testing.smooth_problem
     few = (small(), small("other", 4, 3, 5, 3), small("wide_net", hidden=2, outputs=5), testing.recurrent_problem())

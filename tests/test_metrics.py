@@ -38,12 +38,12 @@ def put(backend: str, array: np.ndarray):
     return jnp.asarray(array)
 
 
-def test_moments_make_the_metrics_by_definition():
+def test_metrics_follow_from_the_moments_by_definition():
     moments = Moments(trace=6.0, square=4.0, square_f=9.0, cross=3.0)
     assert [moments.metric(metric) for metric in METRICS] == [6.0, 2.0, 9.0, 0.5]
 
 
-def test_what_was_not_computed_is_nan():
+def test_metrics_of_missing_moments_are_nan():
     assert all(math.isnan(Moments().metric(metric)) for metric in METRICS)
 
 
@@ -70,8 +70,8 @@ def turned(angle: float, factor: float, n: int = 6) -> tuple[np.ndarray, np.ndar
     backend=st.sampled_from(["torch", "jax"]),
 )
 @pytest.mark.slow
-def test_the_complement_of_an_alignment_has_the_digits_of_the_difference(angle, factor, backend):
-    """cos is flat at 0: of angles below 1e-8 the alignment itself says nothing. A factor costs its own digits alone."""
+def test_the_complement_of_an_alignment_is_as_precise_as_the_difference(angle, factor, backend):
+    """cos is flat at 0, so the alignment cannot tell angles below 1e-8 apart. A factor costs only its own digits."""
     theta, theta_f = (put(backend, m) for m in turned(angle, factor))
     exact = 2 * math.sin(angle / 2) ** 2
     parts = [slice(0, 2), slice(2, 6)]
@@ -110,7 +110,7 @@ def test_unknown_metrics_are_refused():
         metrics.check("rank")
 
 
-def test_only_alignment_looks_at_trained_weights():
+def test_only_alignment_uses_trained_weights():
     assert {metric: metrics.parameter_sets(metric) for metric in METRICS} == {
         "trace": ("theta_0",),
         "norm": ("theta_0",),
@@ -150,7 +150,7 @@ def test_from_rows_of_theta_in_any_order_and_blocks(backend, truth):
     networks=st.sampled_from([1, 2]),
 )
 def test_from_blocks_on_and_below_the_diagonal(n, cuts, tile, networks):
-    """Tiles smaller and larger than the blocks; what stands above the diagonal is not read."""
+    """Tiles smaller and larger than the blocks; entries above the diagonal are not read."""
     rng = np.random.default_rng(n)
     thetas = [A @ A.T for A in rng.standard_normal((networks, n, n + 2))]
     expected = metrics_of(*thetas)
@@ -172,7 +172,7 @@ def test_from_blocks_on_and_below_the_diagonal(n, cuts, tile, networks):
 )
 @pytest.mark.parametrize("metric", METRICS)
 def test_gradients_are_the_derivatives_of_the_metrics(metric, more):
-    """Central differences, of each moment that the metric is a function of and of those that it is not."""
+    """Central differences in every moment, including those that the metric does not depend on."""
     moments = {"trace": 6.0, "square": 4.0, "square_f": 9.0, "cross": 3.0} | more
     gradient = Moments(**moments).gradient(metric)
     for name, value in moments.items():
@@ -195,14 +195,14 @@ def test_from_rows_of_jacobian_in_any_blocks_kept_or_not(tiny, truth, cuts, memo
 
     moments = moments_from_rows(metric, jacobians, blocks, rows)
     assert moments.metric(metric) == pytest.approx(values[metric], rel=1e-12)
-    # Kept, every block is made once; otherwise once more for every block below it. The trace pairs nothing.
+    # Kept blocks are computed once; otherwise once more for every block below. The trace needs no pairs.
     once = memory > 1 or metric == "trace"
     times = len(blocks) if once else len(blocks) * (len(blocks) + 1) // 2
     assert len(asked) == times * len(jacobians)
     assert sum(j.passes for j in jacobians) == sum(stop - start for start, stop in asked)
 
 
-def test_whether_rows_are_kept_goes_by_the_rows_there_are(tiny, truth):
+def test_whether_rows_are_kept_depends_on_their_number(tiny, truth):
     """A kernel of fewer rows than J, such as the pNTK, is kept where J would not fit."""
     j = linearise(tiny, "theta_0", Target(dtype="float64", device="cpu", memory=4 * tiny.P * 8))
     for count, times in ((2, 2), (None, 3)):

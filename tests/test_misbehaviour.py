@@ -1,4 +1,4 @@
-"""Plug-ins that misbehave in every known way, in the pipeline: each cell is one row, and neighbours are measured."""
+"""Plug-ins that misbehave in every known way, in the pipeline: each cell is one row, and all others are measured."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ BUDGETS = list(range(FIRST, FIRST + len(WAYS)))
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Exit status, output and folder of a run over all ways, with a neighbour and a study that fails."""
+    """Folder, exit status and output of a run of all misbehaviours, with neighbours and a study that fails."""
     root = checkout(tmp_path_factory.mktemp("checkout"))
     methods = root / "src" / "ntkbench" / "methods"
     shutil.copy(paths.ROOT / "tests" / "plugins" / "misbehaving.py", methods)
@@ -46,7 +46,7 @@ def finished(tmp_path_factory):
                 "passes": [12],
             },
         ],
-        # Less than the imports of a study's process: they are no part of any row's time.
+        # Shorter than the imports of a study's process, which count in no row's time.
         "studies": {"giving_up": {"limits": {"time_s": 3}}},
     }
     file = root / "config" / "misbehaving.yaml"
@@ -69,7 +69,7 @@ def test_the_run_succeeds_and_every_cell_is_one_row(finished, table):
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_each_way_has_its_status_and_its_reason(table, budget):
+def test_each_misbehaviour_has_its_status_and_reason(table, budget):
     (row,) = table[(table["method"] == "misbehaving") & (table["passes"].astype(str) == str(budget))].itertuples()
     status, reason, _ = WAYS[budget - FIRST]
     assert row.status == status, row.reason
@@ -94,7 +94,7 @@ def test_neighbours_are_measured_and_problems_that_fail_are_rows(table, problem,
     assert reason in row.reason
 
 
-def test_a_study_that_fails_is_rows_with_its_reason(finished):
+def test_a_failing_study_is_rows_with_reasons(finished):
     rows = pd.read_csv(finished[0] / "studies" / "giving_up.csv")
     assert list(rows["status"]) == ["ok", "failed", "failed", "ok", "ok", "failed"]
     assert list(rows["reason"].fillna("")) == [
@@ -127,7 +127,7 @@ def test_a_second_run_measures_nothing_again(finished):
     assert (folder / "shards" / "shard-0.journal").read_bytes() == before
 
 
-def test_faults_of_an_installation_are_reported(finished):
+def test_doctor_reports_an_unreadable_plug_in(finished):
     root = finished[0].parents[1]
     command = [sys.executable, "-m", "ntkbench", "doctor"]
     environment = os.environ | {"PYTHONPATH": str(root / "src")}

@@ -1,4 +1,4 @@
-"""neural-tangents on a jax it was not made for: its kernels are right, jax is left alone, and limits are kept."""
+"""neural-tangents on a newer jax: its kernels are right, jax is not changed, and limits are kept."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ntkbench.problems.base import reference
 METHODS = ("nt_jacobian_contraction", "nt_ntk_vector_products", "nt_structured_derivatives")
 LABELS = ("mlp_hazelden[N=2]", "digits_mlp[N=3]", "digits_conv[N=3]", "gru_hazelden[N=2,T=2]")
 
-# An archived package uses what is deprecated by now; the methods silence it while they compile.
+# An archived package uses deprecated functions; the methods silence the warnings while they compile.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -35,7 +35,7 @@ def target(dtype: str = "float64") -> Target:
 
 
 def jitted(function):
-    """Compiled in a hurry, since it runs only once."""
+    """Compiled without optimisation, since it runs only once."""
     import jax
 
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
@@ -63,7 +63,7 @@ def jacrev_of(label: str) -> np.ndarray:
 @pytest.mark.parametrize("label", LABELS)
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.slow
-def test_theta_is_the_jacobians(label, name):
+def test_theta_matches_the_jacobian(label, name):
     forward, weights, x = network(loaded(label), "theta_0", target())
     theta = theta_of(forward, weights, x, methods.get(name).implementation)
     exact = jacrev_of(label)
@@ -84,7 +84,7 @@ def test_auto_chooses_an_implementation_by_its_operations(tiny, capsys):
 
 @pytest.mark.parametrize("label", [*LABELS, "conv_relu[N=2,O=3,width=4]", "resnet18[N=2,O=2,width=2]"])
 @pytest.mark.slow
-def test_theta_by_layers_in_torch_is_theta_in_jax(label):
+def test_theta_by_layers_in_torch_matches_jax(label):
     prepared = methods.get("structured_derivatives").prepare(problems.load(label), Target("torch", "float64", "cpu"))
     (end,) = prepared.ends("norm")
     theta = end.engine.kernel(end.parameters, end.x).numpy()
@@ -99,7 +99,7 @@ def test_theta_by_layers_in_torch_is_theta_in_jax(label):
 @pytest.mark.parametrize(("label", "dtype"), [*((label, "float64") for label in LABELS), (LABELS[2], "float32")])
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.slow
-def test_moments_are_those_of_the_reference(label, dtype, name):
+def test_moments_match_the_reference(label, dtype, name):
     """The program for alignment gives all moments at once, from which all metrics follow."""
     moments = methods.get(name).prepare(loaded(label), target(dtype)).moments("alignment")
     exact = reference.exact(loaded(label))
@@ -131,14 +131,14 @@ def test_traces_are_certified_however_many_outputs_there_are(name, outputs, monk
         return (lambda *a: 1.001 * kernel(*a)) if trace_axes else kernel
 
     monkeypatch.setattr(programs, "kernel_function", wrong)
-    base.neural_tangents._compiled.cache_clear()  # what was compiled before, and then what is compiled here
+    base.neural_tangents._compiled.cache_clear()  # programs compiled before, and below those compiled here
     with pytest.raises(Uncertified):
         methods.get(name).estimate(methods.get(name).prepare(problem, target()), "trace")
     base.neural_tangents._compiled.cache_clear()
 
 
-def test_float32_sums_lose_nothing():
-    """A long sum in float32 is only as good as the order in which it is done."""
+def test_float32_sums_are_precise():
+    """The precision of a long float32 sum depends on its order."""
     import jax
 
     from ntkbench.methods.base.neural_tangents import moments
@@ -216,12 +216,12 @@ NETWORKS = {
     _shared: ((6, 6), (1,)),
     _scan: ((4, 4), (4,)),
 }
-"""Networks, with the shapes of their weights, that go through what was mended for structured derivatives."""
+"""Networks, with the shapes of their weights, that use what is patched for structured derivatives."""
 
 
 @pytest.mark.parametrize("forward", NETWORKS, ids=lambda f: f.__name__.strip("_"))
 @pytest.mark.filterwarnings("ignore:No Jacobian rule found")
-def test_structured_derivatives_of_what_was_mended(forward):
+def test_patched_structured_derivatives_match_the_jacobian(forward):
     import jax
 
     jax.config.update("jax_enable_x64", True)
@@ -264,7 +264,7 @@ def test_scans_are_found_wherever_they_are(tiny):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_program_over_the_limit_is_not_run(tiny, name):
+def test_a_program_over_the_memory_limit_is_not_run(tiny, name):
     method = methods.get(name)
     small, large = (dataclasses.replace(target(), program_memory=limit) for limit in (1000, 2**30))
     with pytest.raises(OverMemory, match=r"for tanh_net would need .* GiB, over the budget of 9\.31e-07 GiB"):
@@ -273,7 +273,7 @@ def test_a_program_over_the_limit_is_not_run(tiny, name):
 
 
 @pytest.mark.parametrize("slack", (-1, 0))
-def test_the_budget_is_what_a_program_needs(slack):
+def test_a_program_runs_within_the_memory_that_it_needs_and_not_below(slack):
     import jax
 
     lowered = programs.lower(lambda x: x @ x.T, jax.ShapeDtypeStruct((16, 32), "float32"))
@@ -299,7 +299,7 @@ def test_operations_that_xla_does_not_count_are_reported_as_missing(analysis):
         programs.flops(types.SimpleNamespace(cost_analysis=lambda: analysis))
 
 
-def test_memory_limit(monkeypatch):
+def test_the_memory_limit_is_the_option_or_a_share_of_the_free_memory(monkeypatch):
     import jax
     import psutil
 
@@ -312,7 +312,7 @@ def test_memory_limit(monkeypatch):
     assert programs.memory_limit(gpu, target()) == 400
 
 
-def test_bytes_needed():
+def test_bytes_needed_are_those_of_the_kernels():
     problem, float32 = loaded("digits_conv[N=3]"), target("float32")
     needed = {name: [methods.get(name).bytes_needed(problem, m, float32) for m in METRICS] for name in METHODS}
     theta = 4 * 30**2
@@ -351,5 +351,5 @@ assert not left, left
 """
 
 
-def test_loading_leaves_jax_as_it_was_and_tensorflow_out():
+def test_loading_neither_changes_jax_nor_imports_tensorflow():
     subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS], check=True)

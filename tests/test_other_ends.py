@@ -73,7 +73,7 @@ def test_another_network_is_evaluated_in_the_precision_of_the_first(dtype, input
     assert float(ntkbench.alignment(other, one, inputs, dtype="float64")) == pytest.approx(expected, rel=1e-11)
 
 
-def test_two_networks_with_other_trainable_parameters_are_refused_or_symmetric():
+def test_the_first_network_decides_which_parameters_count():
     one, other = net(), net(1)
     one[0].bias.requires_grad_(False)
     assert float(ntkbench.alignment(one, other, X)) == pytest.approx(cosine(theta(one), _without_bias(other)))
@@ -102,7 +102,7 @@ def test_a_wrapped_network_takes_its_own_state_dict():
     torch.testing.assert_close(Kernel(module, X).at(module.state_dict()).ntk(), theta(net()))
 
 
-def test_a_tied_tensor_is_not_given_two_values():
+def test_two_values_for_a_tied_tensor_are_refused():
     module = Tied()
     values = {"a.weight": torch.zeros(4, 4), "b.weight": torch.ones(4, 4)}
     with pytest.raises(BadInput, match=r"'b.weight' is tied"):
@@ -122,12 +122,12 @@ def test_a_tied_tensor_is_not_given_two_values():
         ({"0.weight": torch.full((5, 4), torch.nan)}, "nan or infinite"),
     ],
 )
-def test_values_that_are_not_of_the_network_are_refused(values, said):
+def test_values_that_do_not_fit_the_network_are_refused(values, said):
     with pytest.raises(BadInput, match=said):
         Kernel(net(), X).at(values)
 
 
-def test_names_of_our_own_are_not_names_of_the_user():
+def test_internal_names_are_not_names_of_parameters():
     class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -144,7 +144,7 @@ def test_names_of_our_own_are_not_names_of_the_user():
     torch.testing.assert_close(kernel.at({"network.2.bias": torch.ones(O)}).ntk(), kernel.ntk())
 
 
-def test_bfloat16_weights_and_targets():
+def test_bfloat16_weights_and_targets_are_supported():
     module = net().to(torch.bfloat16)
     wide = copy.deepcopy(module).double()
     kernel = Kernel(module, X.to(torch.bfloat16), dtype="float64")
@@ -157,7 +157,7 @@ def test_bfloat16_weights_and_targets():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-30, 1e30, 1e-200, 1e200])
-def test_the_scale_of_a_target_does_not_count(scale, dtype):
+def test_the_scale_of_a_target_does_not_matter(scale, dtype):
     kernel = Kernel(net().to(dtype), X.to(dtype))
     expected = cosine(theta(net()), Y.reshape(-1, 1) @ Y.reshape(1, -1))
     for target in (scale * Y, scale * Y.reshape(-1, 1) @ Y.reshape(1, -1)):
@@ -192,7 +192,7 @@ USES = {
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("outputs", [(2, 5), (5, 2), (10,), (1, 10), ()])
 def test_labels_have_the_shape_of_the_outputs_or_are_flat(use, outputs):
-    """All other shapes of as many numbers are refused, whatever they were meant to be."""
+    """All other shapes of the same size are refused."""
     model, of = in_axes(*outputs) if outputs else nn.Sequential(in_axes(1), nn.Flatten(0)), USES[use]
     N, O, kernel = len(X), math.prod(outputs), Kernel(model, X)  # noqa: E741 - the field's symbols
     y = torch.randn(N, *outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -208,7 +208,7 @@ def test_labels_have_the_shape_of_the_outputs_or_are_flat(use, outputs):
 
 @pytest.mark.parametrize("outputs", [(6,), (2, 3), (3, 2)])
 def test_a_target_that_may_be_labels_or_a_kernel_is_refused(outputs, monkeypatch):
-    """Where a sample has N outputs; the message has a way to say either."""
+    """Where N = O; the message says how to give either."""
     kernel, target = Kernel(in_axes(*outputs), X), X @ X.T
     matrix = theta(in_axes(*outputs))
     assert kernel.alignment(target.reshape(-1)).value == pytest.approx(
@@ -240,7 +240,7 @@ def test_targets_are_checked_before_other_metrics_are_computed(monkeypatch):
         kernel.metrics(torch.eye(6), passes=8)
 
 
-def test_metrics_take_what_an_alignment_takes():
+def test_metrics_take_the_same_targets_as_an_alignment():
     kernel = Kernel(net(), X)
     for other in (Y, torch.eye(6), net(1), Kernel(net(1), X), net(1).state_dict()):
         found = kernel.metrics(other)
@@ -280,7 +280,7 @@ def test_a_loader_that_shuffles_is_read_in_order_and_left_as_it_was(options):
     assert torch.equal(generator.get_state(), before) and torch.equal(torch.get_rng_state(), ambient)
 
 
-def test_a_tracker_does_not_measure_another_function_than_the_present_one():
+def test_a_tracker_refuses_a_network_whose_function_has_changed():
     class Gained(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -340,12 +340,12 @@ def test_a_tracker_counts_in_whole_steps():
         (lambda k: Kernel(net(), X, parameters=list(net().parameters())), "parameters must be a name"),
     ],
 )
-def test_one_line_says_what_is_wrong(call, said):
+def test_invalid_arguments_are_refused_in_one_line(call, said):
     with pytest.raises(BadInput, match=said) as caught:
         call(Kernel(net(), X))
     assert "\n" not in str(caught.value)
 
 
-def test_eigenvalues_are_as_many_as_there_are():
+def test_ten_eigenvalues_are_given_or_all_if_there_are_fewer():
     assert len(Kernel(net(), X[:2]).eigenvalues().values) == 2 * O
     assert len(Kernel(net(), X).eigenvalues().values) == 10

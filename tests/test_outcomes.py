@@ -34,7 +34,7 @@ class Unreadable(Exception):
         (type("Ü", (Exception,), {})(""), "failed", "Ü without a message"),
     ],
 )
-def test_exceptions(error, status, reason):
+def test_an_exception_gives_a_status_and_a_reason(error, status, reason):
     assert outcomes.of_exception(error) == (status, reason)
 
 
@@ -49,6 +49,6 @@ def test_a_reason_is_one_printable_line_that_can_be_written(text):
     ("code", "said"),
     [(0, "exit status 0"), (7, "exit status 7"), (-11, "SIGSEGV"), (-9, "SIGKILL"), (-250, "signal 250")],
 )
-def test_exits(code, said):
+def test_an_exit_status_gives_a_reason(code, said):
     status, reason = outcomes.of_exit(code)
     assert status == "failed" and said in reason

@@ -27,14 +27,14 @@ PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-
 EXTRAS = PROJECT["optional-dependencies"]
 
 OUTSIDE = {"neural_tangents": "neural-tangents", "curvlinops": "curvlinops-for-pytorch", "transformers": "transformers"}
-"""Modules that a message says how to install, and in no requirement of the library or its extra ``jax``."""
+"""Modules with instructions to install them in a message, which the library and its extra ``jax`` do not require."""
 BY_NAME = {
     "operators": ("torch", "jax", "neural_tangents"),
     "operators.recurrent": ("torch", "jax", "jax_trajectory"),
 }
-"""Modules of the library that are imported by their names alone."""
+"""Modules of the library that are imported by name at run time."""
 RUN = {"snakemake"}
-"""Packages of the pipeline that are run, and imported by no module."""
+"""Packages that the pipeline runs as programs, and that no module imports."""
 IN_CHECKOUT = "'.[{}]' (in ntkbench's checkout)"
 """How an extra is installed, as the README has it; the package is on no index."""
 CARRIED = {"frozendict"}
@@ -47,7 +47,7 @@ def names(requirements: list[str]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def graph() -> grimp.ImportGraph:
-    """Imports inside functions are in it, those for type checkers are not; other packages are one node each."""
+    """Imports, with those inside functions and without those for type checkers; other packages are one node each."""
     return grimp.build_graph(
         "ntkbench", cache_dir=None, exclude_type_checking_imports=True, include_external_packages=True
     )
@@ -85,7 +85,7 @@ def test_the_library_imports_what_it_declares_and_declares_what_it_imports(graph
     assert third_party(reached) & names(EXTRAS["jax"]) == names(EXTRAS["jax"]) - CARRIED
 
 
-def test_the_lowest_versions_that_are_tried_are_those_that_are_allowed():
+def test_the_lowest_tested_versions_are_the_lowest_allowed():
     lines = (paths.ROOT / "requirements-floors.txt").read_text(encoding="utf-8").splitlines()
     tried = dict(line.split("==") for line in lines if not line.startswith("#"))
     allowed = dict(line.split(">=") for line in PROJECT["dependencies"])
@@ -95,7 +95,7 @@ def test_the_lowest_versions_that_are_tried_are_those_that_are_allowed():
 
 
 def test_no_module_of_an_extra_is_imported_with_the_library(graph):
-    """Inside functions alone, except in the modules of the JAX backend, which are imported inside functions."""
+    """Only inside functions, except in modules of the JAX backend, which are themselves imported inside functions."""
     backend = {f"ntkbench.operators.{name}" for name in ("jax", "jax_kernel", "programs")}
     backend |= {f"ntkbench.operators.recurrent.{name}" for name in ("jax", "jax_trajectory")}
     own = graph.find_descendants("ntkbench") | {"ntkbench"}
@@ -140,7 +140,7 @@ def test_the_citation_is_of_this_version():
 
 
 def closure(requirements: list[str]) -> set[str]:
-    """Distributions that pip installs for requirements, as far as they are here."""
+    """Distributions that pip installs for requirements, as far as they are installed here."""
     found: set[str] = set()
     left = [Requirement(line) for line in requirements]
     while left:
@@ -194,7 +194,7 @@ esac
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_the_package_is_installed_outside_of_the_checkout_by_each_python_that_there_is(tmp_path):
+def test_make_package_installs_outside_of_the_checkout_with_each_python(tmp_path):
     log, stub, folder = tmp_path / "log", tmp_path / "python", tmp_path / "temporary"
     stub.write_text(STUB.format(log=log))
     stub.chmod(0o755)
@@ -296,8 +296,8 @@ assert before == {path: path.stat().st_mtime_ns for path in here.rglob("*")}
 
 
 @pytest.mark.slow
-def test_the_library_works_with_its_requirements_alone_and_without_what_only_some_systems_have(bare):
-    """A missing extra is one line that names it, and nothing is written beside the package."""
+def test_the_library_works_with_its_requirements_alone_and_without_posix(bare):
+    """A missing extra is reported in one line, and nothing is written into the package."""
     done = python(bare, "-c", LIBRARY)
     assert done.returncode == 0, done.stderr
     said = dict(line.split(" | ", 1) for line in done.stdout.splitlines())
@@ -315,7 +315,7 @@ def test_the_library_works_with_its_requirements_alone_and_without_what_only_som
     assert said == {}
 
 
-def test_the_command_without_its_extra_is_one_line(bare):
+def test_the_command_without_its_extra_fails_in_one_line(bare):
     done = python(bare, "-m", "ntkbench", "methods")
     said = "ntkbench: the ntkbench command needs click, which is not installed; install it with: pip install"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{said} {IN_CHECKOUT.format('pipeline')}\n")

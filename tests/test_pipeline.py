@@ -1,4 +1,4 @@
-"""The real Snakefile on the smoke configuration: a run, a second one, edits, configurations, and what is refused."""
+"""The Snakefile on the smoke configuration: a run, a second one, edits, configurations, and refusals."""
 
 import os
 import re
@@ -68,7 +68,7 @@ def smoke(root, *arguments):
 
 @pytest.fixture
 def edited(finished):
-    """Changes files of the finished run's checkout, and takes the changes back."""
+    """Changes files of the finished run's checkout, and restores them."""
     root, before = finished[0], {}
 
     def change(file, text):
@@ -81,7 +81,7 @@ def edited(finished):
         path.unlink() if text is None else path.write_text(text, encoding="utf-8")
 
 
-def test_the_table_has_one_measured_row_a_cell(results):
+def test_the_table_has_one_measured_row_per_cell(results):
     table = rows.read(results / "table.csv")
     assert len(table) == len(cells.cells(RUN))
     done = table[table["status"] == "ok"]
@@ -123,7 +123,7 @@ def test_a_run_reports_its_progress_and_where_to_look(finished):
     assert "localrule" not in finished[1] and "Job stats" not in finished[1]
 
 
-def test_where_the_time_went(finished, results):
+def test_timings_list_every_step(finished, results):
     said = ntkbench(finished[0], "timings", results).stdout
     for step in ("problems", "shard-0", "draw", *(f"study-{name}" for name in RUN.studies)):
         assert re.search(rf"^{step} +\d", said, re.MULTILINE), said
@@ -150,7 +150,7 @@ def test_a_changed_method_measures_its_own_cells_alone(finished, edited):
     assert [line.split() for line in said[1:]] == [["hutchpp", str(count)]]
 
 
-def test_a_new_method_is_measured_beside_what_is_there(finished, edited):
+def test_a_new_method_measures_its_own_cells_alone(finished, edited):
     source = (finished[0] / "src/ntkbench/methods/sum_of_logits.py").read_text(encoding="utf-8")
     edited("src/ntkbench/methods/brand_new.py", source)
     raw = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
@@ -187,7 +187,7 @@ def test_a_changed_figure_is_drawn_and_nothing_is_measured(finished, edited):
     ],
 )
 def test_a_failed_step_runs_again_although_later_outputs_exist(finished, results, edited, source, step, target):
-    """A step that fails leaves nothing behind, and what was made of its output before is older than the sources."""
+    """A failed step leaves no output, and what was made from its earlier output is older than the sources."""
     whole = (results / step).read_bytes()
     edited(f"src/ntkbench/{source}", lambda text: f"{text}# changed\n")
     (results / step).unlink()
@@ -197,7 +197,7 @@ def test_a_failed_step_runs_again_although_later_outputs_exist(finished, results
         (results / step).write_bytes(whole)
 
 
-def test_what_failed_is_measured_again_on_request(finished, results):
+def test_failed_cells_are_measured_again_on_request(finished, results):
     root, journal = finished[0], results / "shards" / "shard-0.journal"
     label = next(cell.label for cell in cells.cells(RUN) if cell.method == "jacobian_contraction")
     with Journal(journal) as kept:
@@ -227,7 +227,7 @@ def test_figures_of_the_reference_are_drawn_without_measuring(tmp_path):
 
 
 @pytest.mark.parametrize("config", [None, paths.ROOT / "config" / "default.yaml"])
-def test_the_papers_figures_are_at_the_papers_sizes_unless_told_otherwise(tmp_path, config):
+def test_the_papers_figures_are_at_the_papers_sizes_unless_configured(tmp_path, config):
     files = ["--configfile", str(config)] if config else []
     code, out, err = run_snakemake(tmp_path, "paper_figures", *files, "--config", "threads=1", "--dry-run")
     assert code == 0, err[-3000:]
@@ -253,7 +253,7 @@ def test_the_papers_figures_are_not_drawn_from_another_run_of_the_same_profile(t
     assert "Traceback" not in out + err and "rule " not in out + err
 
 
-def test_the_papers_figures_have_any_profile_at_the_papers_sizes(tmp_path):
+def test_the_papers_figures_may_have_another_profile(tmp_path):
     (tmp_path / "part.yaml").write_text("profile: mine\n", encoding="utf-8")
     files = [str(paths.ROOT / "config" / "paper.yaml"), str(tmp_path / "part.yaml")]
     code, out, err = run_snakemake(tmp_path, *PAPERS, "--configfile", *files)
@@ -274,7 +274,7 @@ def test_a_configuration_without_a_grid_is_the_same_to_snakemake_and_to_the_comm
 
 
 def test_a_job_step_of_an_executor_has_the_papers_configuration(tmp_path):
-    """It is told its job, and neither the target nor a configuration file."""
+    """It is given its job, but neither the target nor a configuration file."""
     step = ("--target-jobs", "study:profile=paper,study=novak_flops", "--allowed-rules", "study", "--mode", "remote")
     code, out, err = run_snakemake(tmp_path, *step, "--config", "threads=1", "--cores", "1", "--dry-run", "--verbose")
     assert code == 0, err[-3000:]
@@ -301,7 +301,7 @@ def test_the_report_has_figures_with_captions_tables_and_the_text(finished, resu
 
 
 def test_paths_with_spaces_and_another_folder(tmp_path):
-    """A checkout and a working folder with spaces in their paths; what is touched is as if it were just made."""
+    """A checkout and a working folder with spaces in their paths; touched outputs count as just made."""
     root, folder = tmp_path / "a checkout", tmp_path / "a folder"
     root.mkdir()
     checkout(root)
@@ -327,7 +327,7 @@ def test_paths_with_spaces_and_another_folder(tmp_path):
     assert ntkbench(root, "pending", config, "--results", results).stdout.startswith("1 of 1 cell\n")
 
 
-def test_bad_input_is_one_line_and_nothing_is_begun(tmp_path):
+def test_bad_input_is_one_line_and_nothing_starts(tmp_path):
     config = tmp_path / "typo.yaml"
     config.write_text(CONFIG.read_text(encoding="utf-8").replace("hutchpp", "hutchqq"), encoding="utf-8")
     code, _, err = run_snakemake(tmp_path, "--configfile", str(config))
@@ -345,7 +345,7 @@ def test_a_key_given_twice_is_refused_though_snakemake_takes_it(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_malformed_yaml_is_refused_before_anything_is_begun(tmp_path):
+def test_malformed_yaml_is_refused_before_anything_starts(tmp_path):
     config = tmp_path / "malformed.yaml"
     config.write_text("grid: [}", encoding="utf-8")
     code, _, err = run_snakemake(tmp_path, "--configfile", str(config))
@@ -357,7 +357,7 @@ def test_malformed_yaml_is_refused_before_anything_is_begun(tmp_path):
 
 
 def test_a_page_is_made_from_the_tables_that_are_inputs_of_its_rule(tmp_path):
-    """A table that only lies in the folder may be older than the code, since no rule makes it for this page."""
+    """A table that merely exists may be older than the code, since no rule makes it for this page."""
     given = ("all", "paper_figures", "--configfile", str(CONFIG), "--dry-run", "--printshellcmds")
     code, out, err = run_snakemake(tmp_path, *given)
     assert code == 0, err[-3000:]
@@ -367,7 +367,7 @@ def test_a_page_is_made_from_the_tables_that_are_inputs_of_its_rule(tmp_path):
         assert command == inputs and ("results/smoke/table.csv" in command) == (rule == "draw")
 
 
-def test_no_step_runs_beside_one_that_takes_times(tmp_path):
+def test_no_step_runs_beside_a_timed_one(tmp_path):
     """A timed step takes the whole `timer` of profiles/default, and each other step a part of it."""
     code, out, err = run_snakemake(tmp_path, "all", "paper_figures", "--configfile", str(CONFIG), "--dry-run")
     assert code == 0, err[-3000:]

@@ -1,4 +1,4 @@
-"""First, later and prepared calls: all compute one kernel, and each does the work that its name says."""
+"""First, later and prepared calls: all compute the same kernel, and only a first call traces."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_rivals_compute_the_kernel(bias):
 
 @pytest.mark.slow
 def test_only_a_first_call_traces(monkeypatch):
-    network = fully_connected.network([40, 300, 300, 10]).double()  # too large for J to be written out
+    network = fully_connected.network([40, 300, 300, 10]).double()  # too large for an explicit J
     x = torch.randn(64, 40, dtype=torch.float64)
     ways = prepared_kernel._ways(network, x, Target("torch", "float64"))
     for way in ways.values():

@@ -1,4 +1,4 @@
-"""ResNets for CIFAR-10 with given weights: torch against JAX, statistics of their own at each end, accuracy."""
+"""ResNets for CIFAR-10 with given weights: torch against JAX, statistics at each end, accuracy."""
 
 from __future__ import annotations
 
@@ -58,21 +58,21 @@ def test_values_and_gradients_are_the_same_in_jax():
 
 def test_shortcuts_stride_and_pad_with_zeros():
     block = cifar_residual.Block(2, 4).eval()
-    torch.nn.init.zeros_(block.bn2.weight)  # nothing but the shortcut
+    torch.nn.init.zeros_(block.bn2.weight)  # leaves only the shortcut
     x = torch.rand(1, 2, 4, 4)
     found = block(x)[0]
     assert not found[[0, 3]].any() and torch.equal(found[1:3], x[0, :, ::2, ::2])
 
 
 @pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (56, 853_018)])
-def test_depths_have_their_parameters(depth, parameters):
+def test_depths_have_the_expected_number_of_parameters(depth, parameters):
     with torch.device("meta"):
         assert sum(w.numel() for w in cifar_residual.ResNet(depth).parameters()) == parameters
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """A problem whose weights are given, with statistics among them."""
+    """A problem with given weights and statistics."""
     monkeypatch.setenv("NTKBENCH_CACHE", str(tmp_path / "cache"))
     given = {key: w.astype(np.float32) for key, w in arrays(drawn()).items()}
 
@@ -87,7 +87,7 @@ def small(monkeypatch, tmp_path):
     problems.load.cache_clear()
 
 
-def test_given_weights_and_statistics_are_those_at_the_end(small, tmp_path):
+def test_given_weights_and_statistics_are_those_of_theta_f(small, tmp_path):
     problem = problems.load("small[N=1]")
     start = seeded(lambda: cifar_residual.ResNet(8), 0)
     for end, expected in (("theta_0", arrays(start)), ("theta_f", small)):
@@ -104,7 +104,7 @@ def test_given_weights_and_statistics_are_those_at_the_end(small, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.npz")), "others' weights are copied"
 
 
-def test_exact_values_take_the_statistics_of_each_end(small):
+def test_exact_values_use_the_statistics_of_each_end(small):
     problem = problems.load("small[N=1]")
     J, J_f = (testing.explicit_jacobian(problem, end) for end in ("theta_0", "theta_f"))
     for metric, value in testing.metrics_of(J @ J.T, J_f @ J_f.T).items():
@@ -127,7 +127,7 @@ def test_given_weights_are_never_committed(small, monkeypatch, tmp_path):
         (lambda w: w.update({"linear.bias": np.zeros(3)}), r"'linear.bias' is \(3,\) there and \(10,\) here"),
     ],
 )
-def test_weights_of_another_network_are_one_line(change, says):
+def test_weights_of_another_network_are_refused_in_one_line(change, says):
     given = arrays(drawn())
     change(given)
     definition = Definition(cifar_residual.ResNet(8), np.zeros(1), training.Given("somebody", given))
@@ -135,7 +135,7 @@ def test_weights_of_another_network_are_one_line(change, says):
         weights.train("net", definition)
 
 
-def test_another_bit_of_given_weights_is_another_recipe():
+def test_given_weights_with_another_bit_are_another_recipe():
     one, other = (training.Given("somebody", {"w": np.array([1.0, end])}) for end in (2.0, 2.0 + 1e-15))
     assert str(one) != str(other)
 

@@ -1,4 +1,4 @@
-"""Problems: one network in two backends, the same bits at every load, labels that say what is wrong with them."""
+"""Problems: one network in two backends, the same bits at every load, and errors for bad labels."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ REDUCED = {
     **{name: f"{name}[N=4,T=8,V=50,d=128,L=2]" for name in ("gpt2_small", "gpt2_410m")},
     "transformer_small": "transformer_small[N=4]",
 }
-"""Sizes for the tests, of problems that are too large for them or have fewer than three samples."""
+"""Sizes for the tests, where a problem is too large or has fewer than three samples."""
 
 
 @pytest.mark.parametrize("name", problems.names())
@@ -87,7 +87,7 @@ def test_networks_on_images_have_the_stated_accuracy(label, stated):
     assert float((chosen == labels).double().mean()) == pytest.approx(stated, abs=0.006)
 
 
-def test_described_before_anything_else_was_asked():
+def test_describe_works_in_a_fresh_process():
     code = "from ntkbench import problems; print(problems.describe('digits_mlp'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -160,7 +160,7 @@ def test_committed_weights_are_those_that_training_gives():
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (paths.REFERENCE / "weights").glob("*.npz")))
-def test_committed_weights_are_of_todays_networks_data_and_recipes(name):
+def test_committed_weights_match_todays_networks_data_and_recipes(name):
     stored = storage.read(weights.committed_file(name))
     try:
         definition = problems.define(name)
@@ -172,7 +172,7 @@ def test_committed_weights_are_of_todays_networks_data_and_recipes(name):
 
 @dataclass(frozen=True, eq=False)
 class Shift(training.Training):
-    """Add a number to all weights; counts how often, and shows its data and loss."""
+    """Adds a number to all weights and counts its runs; has data and a loss."""
 
     by: float = 1.0
     data: float = field(default=0.0, repr=False)
@@ -192,7 +192,7 @@ class Shift(training.Training):
 
 
 class Toy:
-    """A one-layer problem, whose parts a test may exchange, in a checkout without committed weights."""
+    """A one-layer problem with exchangeable parts, in a checkout without committed weights."""
 
     def __init__(self):
         self.training, self.start, self.N, self.wrap = Shift(), 0.5, 4, lambda layer: layer
@@ -247,7 +247,7 @@ def test_a_dropped_in_problem_loads_and_trains_once(toy):
     ids=lambda change: str(next(iter(change))),
 )
 def test_weights_of_another_recipe_data_loss_start_or_network_are_not_used(toy, change):
-    """Neither committed ones nor cached ones; and those that were there are used again when all is as before."""
+    """Neither committed nor cached ones. The earlier ones are used again once the change is undone."""
     first = toy.load()
     storage.write(
         weights.committed_file("toy"),
@@ -266,7 +266,7 @@ def test_weights_of_another_recipe_data_loss_start_or_network_are_not_used(toy, 
     assert toy.runs == 0
 
 
-def test_last_bits_of_data_do_not_make_another_origin(toy):
+def test_last_bits_of_data_do_not_change_the_origin(toy):
     """They differ from machine to machine where data are computed."""
     origins = []
     for data in (1.0, 1.0 + 2e-15, 1.0 + 1e-6):
@@ -286,8 +286,8 @@ def _Doubled(layer):
     return layer
 
 
-def test_a_problem_of_several_inputs(toy, monkeypatch):
-    """It is trained and cut down by sample numbers, and every entry of its inputs is part of its identity."""
+def test_a_problem_may_have_several_inputs(toy, monkeypatch):
+    """It is trained and reduced by sample indices, and every entry of its inputs is part of its identity."""
     numbers = torch.Generator().manual_seed(0)
     tokens, features = torch.randint(0, 5, (6, 3), generator=numbers), torch.randn(6, 4, generator=numbers)
 
@@ -324,7 +324,7 @@ def test_a_problem_of_several_inputs(toy, monkeypatch):
         exact = reference.exact(dataclasses.replace(first, theta_0=first.weights(which), theta_f=None))
         assert exact["trace"] == pytest.approx(float(J.square().sum()), rel=1e-9)
     origins = {first.digest(), weights.origin("toy", several())}
-    features[5, 3] += 1  # of a sample that neither a probe of two samples nor a problem of five looks at
+    features[5, 3] += 1  # of a sample that neither a check of two samples nor a problem of five uses
     tokens[4, 0] = (tokens[4, 0] + 1) % 5
     changed = toy.load("toy[N=5]")
     assert origins.isdisjoint({changed.digest(), weights.origin("toy", several())})
@@ -357,7 +357,7 @@ def test_a_damaged_cache_of_weights_is_recreated(toy, tmp_path, caplog):
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [f"{file} is damaged"]
 
 
-def test_damaged_committed_weights_are_one_error_and_never_trained_over(toy):
+def test_damaged_committed_weights_are_an_error_and_never_replaced(toy):
     paths.write_atomically(weights.committed_file("toy"), b"PK")
     with pytest.raises(Corrupt, match=r"reference/weights/toy\.npz is damaged: .*; restore the committed file"):
         toy.load()
@@ -389,7 +389,7 @@ class Failing(Shift):
         ("has no loss", "toy: the training loss cannot be computed: ValueError: shapes do not match"),
     ],
 )
-def test_training_that_fails_is_one_line_and_leaves_nothing(toy, tmp_path, how, says):
+def test_failed_training_is_one_line_and_leaves_no_file(toy, tmp_path, how, says):
     toy.training = Failing(how=how)
     with pytest.raises(DidNotTrain, match=f"^{says}$"):
         toy.load()
@@ -402,8 +402,8 @@ def test_a_recipe_that_cannot_be_recorded_is_refused(toy):
         toy.load()
 
 
-def test_recipes_print_all_that_they_use():
-    """Every field of a recipe shows in print or in its arrays."""
+def test_recipes_record_everything_that_they_use():
+    """Every field of a recipe is in its ``repr`` or in its arrays."""
 
     x = torch.ones(4, 2)
     adam = training.Adam(x, x[:, :1], torch.nn.functional.mse_loss, batch=2, epochs=3)
@@ -427,7 +427,7 @@ def test_recipes_print_all_that_they_use():
 
 @pytest.mark.parametrize("change", [{"lr": 2e-3}, {"batch": 3}, {"epochs": 2}, {"seed": 1}])
 def test_every_setting_of_adam_is_used(change):
-    """What is recorded is what is run: a setting that is changed changes both."""
+    """Changing a setting changes both the recipe's text and the trained weights."""
 
     def trained(**settings):
         with torch.random.fork_rng(devices=[]):
@@ -500,7 +500,7 @@ def test_digest_sees_the_network_and_the_recipe(tiny):
     assert len({problem.digest() for problem in [tiny, *others]}) == 6
 
 
-def test_digest_is_of_what_a_network_computes_and_not_of_how_it_is_written(tiny):
+def test_digest_depends_on_the_function_of_a_network_and_not_on_its_code(tiny):
     from torch import nn
 
     class Rewritten(nn.Sequential):

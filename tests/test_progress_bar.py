@@ -1,4 +1,4 @@
-"""Bars of the passes of long computations."""
+"""Progress bars of the passes of long computations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ntkbench import progress_bar
 
 @pytest.fixture
 def shown(monkeypatch, capsys):
-    """What a terminal shows, on which bars appear at once and are drawn at every pass: its lines so far."""
+    """The lines shown so far by a terminal on which bars appear at once and are drawn at every pass."""
     monkeypatch.setattr(progress_bar, "_is_seen", lambda: True)
     monkeypatch.setattr(progress_bar, "DELAY", 0)
     monkeypatch.setattr(progress_bar, "INTERVAL", 0)
@@ -26,25 +26,25 @@ torch.manual_seed(0)
 NET, X = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(5, 4)
 
 
-def test_an_exact_value_says_how_far_it_is(shown):
+def test_an_exact_value_shows_its_progress(shown):
     ntkbench.norm(NET, X, method="structured_derivatives")
     lines = shown()
     assert lines[0].startswith("norm by structured_derivatives: 0/3 passes")
     assert any("3/3 passes" in line for line in lines)
 
 
-def test_an_estimate_says_how_much_of_its_budget_is_spent(shown):
+def test_an_estimate_shows_how_much_of_its_budget_is_spent(shown):
     ntkbench.trace(NET, X, method="hutchinson", passes=8)
     assert any("8/8 passes" in line for line in shown())
 
 
-def test_a_tolerance_says_how_close_it_is(shown):
+def test_an_estimate_to_a_tolerance_shows_its_target(shown):
     ntkbench.trace(NET, X, method="one_sided_reverse", rtol=0.02)
     lines = shown()
     assert "/" not in lines[-1].partition("passes")[0] and any("target 2 %" in line for line in lines)
 
 
-def test_kernels_and_what_is_made_of_them_have_one_bar(shown):
+def test_a_kernel_and_its_spectrum_have_one_bar(shown):
     kernel = ntkbench.Kernel(NET, X, memory=2**12)
     kernel.spectrum(2, passes=200)
     assert all(line.startswith("spectrum:") for line in shown())
@@ -71,7 +71,7 @@ class NoTerminal:
 
 
 @pytest.mark.parametrize("stderr", [NoTerminal(), None, "closed"], ids=["no terminal", "none", "closed"])
-def test_any_standard_error_will_do(stderr, monkeypatch):
+def test_stderr_may_be_anything(stderr, monkeypatch):
     if stderr == "closed":
         stderr = io.StringIO()
         stderr.close()
@@ -84,7 +84,7 @@ def test_a_failing_bar_does_not_lose_the_result(shown, monkeypatch):
     assert ntkbench.trace(NET, X, method="hutchinson", passes=8).value > 0
 
 
-def test_nothing_is_shown_elsewhere(monkeypatch):
+def test_nothing_is_shown_without_a_terminal(monkeypatch):
     monkeypatch.setattr(progress_bar, "DELAY", 0)
     monkeypatch.setattr(sys, "stderr", made := io.StringIO())
     ntkbench.trace(NET, X, method="hutchinson", passes=8)
@@ -97,7 +97,7 @@ def test_short_computations_have_no_bar(shown, monkeypatch):
     assert shown() == []
 
 
-def test_a_computation_that_fails_takes_its_bar_away(shown):
+def test_a_failed_computation_removes_its_bar(shown):
     with pytest.raises(ZeroDivisionError), progress_bar.of_passes("nothing", 1, 2):
         raise ZeroDivisionError
     with progress_bar.of_passes("something", 1, 2):

@@ -1,4 +1,4 @@
-"""Projected gradients are J S, unbiased, and as accurate as is published; what stands for Theta says what it is."""
+"""Projected gradients are J S, unbiased, and as accurate as published; approximations of Theta are named."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def features(name, k, seed, problem=smooth_problem, metric="alignment", replicat
 
 
 def z_of(values, expected):
-    """How many standard errors the means over seeds are off, entry by entry."""
+    """Errors of the means over seeds in units of their standard errors, by entry."""
     values = np.array(values)
     return (values.mean(0) - expected) / (values.std(0, ddof=1) / math.sqrt(len(values)))
 
@@ -68,7 +68,7 @@ def test_dense_features_are_the_products_of_all_rows_with_signs():
         np.testing.assert_allclose(found[:, :, 0].T, J @ S.T, rtol=1e-10)
 
 
-def test_dense_features_do_not_depend_on_memory_and_have_the_law_of_jvps():
+def test_dense_features_do_not_depend_on_memory_and_are_distributed_as_jvps():
     problem, small = smooth_problem(), dataclasses.replace(TARGET, memory=2**12)
     method = methods.get("dense_jl")
     (found,), _ = method.features(method.prepare(problem, small), "norm", 40, 3)
@@ -101,7 +101,7 @@ def test_masked_features_have_the_signs_of_some_parameters_in_each_block():
 
 
 def test_two_sided_features_are_those_of_the_layers_gradients():
-    """B G A^T of G = [dW, db] for both layers, with the projections read off unit factors."""
+    """B G A^T of G = [dW, db] for both layers, with the projections A and B of each layer."""
     (found,) = features("kronecker_projection", 2 * 8 * 4, 1, metric="norm")
     (end,) = prepared("kronecker_projection").ends("norm")
     made = projected_by(end, 2, 1)
@@ -140,7 +140,7 @@ def test_sides_that_are_not_larger_than_the_projection_are_exact():
 
 
 def test_few_features_on_a_side_are_noted():
-    """In the calibration 76 % of the intervals of a transformer's norm with one on each side contained it."""
+    """In the calibration, with one feature on each side, 76 % of the intervals of a transformer's norm covered it."""
     method = methods.get("kronecker_projection")
     few, more = (method.estimate(prepared("kronecker_projection"), "norm", 2 * 8 * d**2) for d in (2, 3))
     assert "only 2 features on each side of a layer" in few.notes[0] and not more.notes
@@ -229,7 +229,7 @@ def test_features_take_the_passes_of_the_rows_whatever_their_number():
         assert found.certificate < 1e-9
 
 
-# --- what stands for Theta
+# --- approximations of Theta
 
 
 def test_count_sketches_have_the_mean_of_the_trace_kernel():
@@ -294,7 +294,7 @@ def test_kfac_is_exact_for_one_sample_and_one_layer_and_biased_elsewhere():
 
 
 def nearest_by_svd(J, shapes):
-    """The nearest Kronecker product to the block of J^T J of each weight with its bias, by one decomposition each."""
+    """The nearest Kronecker product to the block of J^T J of each weight with its bias, by an SVD of each block."""
     found, start = [], 0
     for C, D in shapes:
         weight, bias = J[:, start : start + C * D].reshape(-1, C, D), J[:, start + C * D : start + C * (D + 1)]
@@ -318,8 +318,8 @@ def test_kfoc_is_the_nearest_kronecker_product_of_each_layer(metric, backend):
     assert found.passes == problem.O * len(blocks if metric == "alignment" else blocks[:1])
 
 
-def test_kfoc_keeps_what_is_a_kronecker_product_and_the_whole_block_of_vectors():
-    """One output of one sample for a layer; scales have their own block."""
+def test_kfoc_is_exact_for_kronecker_products_and_for_blocks_of_vectors():
+    """A layer with one output of one sample; scales and shifts have a block each."""
     torch.manual_seed(0)
     linear, scales = nn.Linear(3, 1).double(), nn.Sequential(nn.LayerNorm(3), nn.Flatten()).double()
     for module, x in ((linear, torch.randn(1, 3)), (scales, torch.randn(4, 3))):
@@ -329,7 +329,7 @@ def test_kfoc_keeps_what_is_a_kronecker_product_and_the_whole_block_of_vectors()
         assert found.value**2 == pytest.approx(sum(((b.T @ b) ** 2).sum() for b in blocks))
 
 
-# --- what is refused
+# --- refusals
 
 
 def refusal(name, module, x, passes=4096):
@@ -416,7 +416,7 @@ def test_the_study_has_a_row_for_each_method_and_size(table):
     assert (by.loc["gram_forward", "norm_unbiased"] > 0).all()
 
 
-def test_the_figure_says_what_it_shows(table, tmp_path):
+def test_the_figure_states_its_result(table, tmp_path):
     figures.draw("projections", table, tmp_path)
     said = (tmp_path / "projections.txt").read_text()
     assert len(said.splitlines()[0].split()) <= 61, "60 words and the name"
@@ -428,7 +428,7 @@ def test_the_figure_says_what_it_shows(table, tmp_path):
 
 
 def test_a_method_is_named_only_where_the_choice_is_certain(table):
-    """Faster than every exact kernel, and more accurate than the others that are."""
+    """It must be faster than every exact kernel, and more accurate than the other methods that are."""
     rows = table[table["status"] == "ok"]
     quartiles = {f"seconds_{end}": 1.0 for end in ("q25", "q75")}
     equal = rows.assign(seconds=1.0, calls=5, **quartiles)
@@ -445,7 +445,7 @@ def test_a_method_is_named_only_where_the_choice_is_certain(table):
     assert figure._title(within).endswith("give the Gram matrix to 17 % at best")
 
 
-def test_biases_of_one_value_are_those_of_the_estimates(table):
+def test_biases_of_deterministic_methods_are_those_of_their_estimates(table):
     by = table[table["status"] == "ok"].set_index("method")
     problem = problems.load("digits_conv[N=2]")
     exact = metrics_of((J := explicit_jacobian(problem)) @ J.T)
@@ -461,7 +461,7 @@ def test_biases_of_one_value_are_those_of_the_estimates(table):
     )
 
 
-def test_intervals_of_errors_contain_them_over_seeds():
+def test_intervals_of_errors_cover_over_seeds():
     """Root mean squares of 5 errors each, of normal errors with standard deviation 1."""
     rng = np.random.default_rng(0)
     made = [study._rms("error", list(rng.normal(size=20))) for _ in range(400)]

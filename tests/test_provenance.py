@@ -1,4 +1,4 @@
-"""Provenance of rows: the commit, and whether it is what was measured."""
+"""Provenance of rows: the commit, and whether there are uncommitted changes."""
 
 import subprocess
 
@@ -10,7 +10,7 @@ from ntkbench.measure import provenance
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A checkout with one commit, from which ntkbench seems to be imported."""
+    """A checkout with one commit, from which ntkbench appears to be imported."""
     for folder in (*provenance.CODE, "docs"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "committed.py").write_text("1\n", encoding="utf-8")

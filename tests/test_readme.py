@@ -1,4 +1,4 @@
-"""The README and the page of measurements have the numbers of the committed tables, and what they show is so."""
+"""The README and the page of measurements have the numbers of the committed tables."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_the_coverage_of_each_method_is_counted(tmp_path):
     assert lines[6:] == ["", "*300 seeds; M, 2 threads; commit aaaaaaaaaa (6 rows), bbbbbbbbbb (1 rows).*"]
 
 
-def test_calls_on_networks_of_real_size_say_what_they_take(tmp_path):
+def test_calls_on_networks_of_real_size_state_their_cost(tmp_path):
     asked = {"problem": "gpt2", "metric": "effective_rank", "rtol": 0.05}
     sizes = {"n": 6_432_896, "P": 124_439_808, "passes_spent": 20.0, "allowed_bytes": 2**31, "weights_bytes": 2**29}
     found = {"value": 1.23456e10, "low": 1.2e10, "high": 1.3e10, "seconds": 91.0, "memory_bytes": 2**31, "by": "some"}
@@ -165,7 +165,7 @@ def test_calls_on_networks_of_real_size_say_what_they_take(tmp_path):
     assert lines[4].endswith("2.5 GiB |  |") and lines[5].endswith("| 10 min, 8 GiB: missed |")
 
 
-def test_goals_of_ratios_name_who_reaches_and_who_misses_them(tmp_path):
+def test_goals_of_ratios_name_the_cases_that_reach_and_miss_them(tmp_path):
     case = {"metric": "", "seconds": 1.0, "rival_seconds": 1.0, "calls": 1}
     rows = [
         case | {"problem": "a", "subject": "64 VJPs", "rival": "bare matrix products", "ratio": 1.2},
@@ -200,7 +200,7 @@ def test_only_some_tables_may_be_missing(tmp_path):
         readme.written(page.format("products", "head_to_head"), tables)
 
 
-def test_kernels_in_files_say_what_they_take(tmp_path):
+def test_kernels_in_files_state_their_cost(tmp_path):
     found = {"problem": "fc", "n": 50_000, "file_bytes": 10 * 2**30, "parts": 20, "kept": 7, "seconds": 90.0}
     found |= {"memory_bytes": 2**30, "allowed_bytes": 2**30, "weights_bytes": 0, "difference": 2e-7}
     rows = [found, {"problem": "fc", "status": "failed", "reason": "full"}]
@@ -250,7 +250,7 @@ def test_predicted_costs_are_beside_measured_ones_for_all_rows(tmp_path):
 
 
 def test_the_time_of_auto_is_beside_that_of_the_fastest_method(tmp_path):
-    """Tasks in which it does not reach the tolerance, or which have no rival, count as well."""
+    """Including tasks in which it does not reach the tolerance, or which have no rival."""
     small, large = ({"problem": p, "metric": "effective_rank", "rtol": 0.1, "calls": 9} for p in ("small", "large"))
     auto = {"method": "auto", "by": "direct", "relative_width": 0.1}
     worst = {"seconds": 0.1, "ratio": 4.0, "ratio_q25": 3.0, "ratio_q75": 5.0, "fastest": True}

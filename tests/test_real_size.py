@@ -31,7 +31,7 @@ def test_a_call_has_its_interval_its_time_and_its_memory():
     ("width", "seconds", "memory", "met"),
     [(0.05, 9, 90, True), (0.06, 9, 90, False), (0.05, 11, 90, False), (0.05, 9, 101, False), (0.05, 9, None, None)],
 )
-def test_a_goal_is_met_within_all_of_its_limits(width, seconds, memory, met):
+def test_a_goal_is_met_only_within_all_of_its_limits(width, seconds, memory, met):
     case = real_size.Case(problem="transformer_tiny", rtol=0.05, most_seconds=10, most_bytes=100)
     assert real_size._meets(case, width, seconds, memory) is met
     assert real_size._meets(real_size.Case(problem="transformer_tiny"), width, seconds, memory) is None
@@ -39,17 +39,17 @@ def test_a_goal_is_met_within_all_of_its_limits(width, seconds, memory, met):
 
 @pytest.mark.parametrize("head", ["tied", "untied"])
 @pytest.mark.parametrize("metric", ["trace", "alignment"])
-def test_all_that_a_call_holds_is_within_the_memory_and_the_weights(head, metric):
+def test_a_call_holds_no_more_than_its_memory_and_the_weights(head, metric):
     problem = problems.load(f"transformer_tiny[N=2,T=8,V=100,d=24,head={head}]")
     target = Target("torch", "float32", "cpu", 2**21)
     call = lambda: ladder.estimates(problem, (metric,), target, Options(rtol=0.3), base.preparing(problem, target))  # noqa: E731
-    call()  # makes what all calls share
+    call()  # prepares what all calls share
     with LiveBytes() as live:
         call()
     assert live.peak <= target.memory + 4 * problem.P * len(metrics.parameter_sets(metric))
 
 
-def test_the_default_cases_are_problems():
+def test_the_default_cases_are_valid():
     settings = real_size.Settings.model_validate(
         {"cases": [case.model_dump() for case in real_size.CASES], "threads": 1}
     )

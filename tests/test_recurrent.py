@@ -43,7 +43,7 @@ def network(kind: str, inputs=3, hidden=4, outputs=None, frozen=(), seed=0) -> R
         module = Recurrent(kind, inputs, hidden, outputs, alpha=0.3 if kind == "ctrnn" else None)
         with torch.no_grad():
             for name, w in module.named_parameters():
-                w.mul_(2)  # away from where gates are linear
+                w.mul_(2)  # away from the linear range of the gates
                 w.requires_grad_(name not in frozen)
     return module
 
@@ -66,7 +66,7 @@ def linear(problem: Problem, backend: str, end: str = "theta_0") -> base.Recurre
 
 
 def columns(problem: Problem, backend: str) -> np.ndarray:
-    """Where each parameter of an operator stands in J written out: JAX has them by name."""
+    """Positions of an operator's columns in the explicit J: JAX sorts parameters by name."""
     sizes = {key: w.size for key, w in problem.theta_0.items()}
     starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
     order = sizes if backend == "torch" else sorted(sizes)
@@ -80,7 +80,7 @@ def host(array) -> np.ndarray:
 def off(a, b) -> float:
     a, b = host(a), host(b)
     assert a.shape == b.shape
-    return np.abs(a - b).max() / (np.abs(b).max() or 1)  # nothing but zeros where a single step has no state before it
+    return np.abs(a - b).max() / (np.abs(b).max() or 1)  # all zeros where a single step has no previous state
 
 
 SIZES = {
@@ -119,7 +119,7 @@ def check_products(kind, backend, N, T, inputs, hidden, outputs, part):
 
 @pytest.mark.parametrize(("kind", "backend"), [*((kind, "torch") for kind in KINDS), ("gru", "jax")])
 @pytest.mark.slow
-def test_trials_by_themselves(kind, backend):
+def test_products_by_trial_match_the_explicit_jacobian(kind, backend):
     p = problem(kind, N=3, T=3, outputs=2)
     J = written_out(p)[:, columns(p, backend)].reshape(3, 6, -1)
     j = linear(p, backend)
@@ -142,7 +142,7 @@ def test_trials_by_themselves(kind, backend):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_of_long_blocks_do_not_depend_on_the_budget(kind):
+def test_products_do_not_depend_on_the_memory(kind):
     p = problem(kind)
     tight = linearise(p, "theta_0", Target("torch", "float64", "cpu", 1))
     roomy = linear(p, "torch")
@@ -183,8 +183,8 @@ def test_chunks_hold_as_many_probes_as_fit(chunk, sizes, monkeypatch):
 
 @settings(max_examples=12)
 @given(T=st.integers(1, 8), hidden=st.integers(1, 6), inputs=st.integers(1, 12))
-def test_squares_of_gradients_by_either_order(T, hidden, inputs):
-    """Where steps are few, from inner products between steps; where they are many, from the gradients."""
+def test_squares_of_gradients_are_right_in_either_order(T, hidden, inputs):
+    """From inner products between steps where steps are few, from the gradients where they are many."""
     p = problem("rnn", N=2, T=T, inputs=inputs, hidden=hidden)
     j = linear(p, "torch")
     v = j.rng(0).normal(2, j.n).reshape(2, 2, -1)
@@ -256,7 +256,7 @@ def written_states(p: Problem) -> np.ndarray:
 
 @pytest.mark.parametrize(("kind", "backend"), [("rnn", "torch"), ("gru", "torch"), ("lstm", "torch"), ("ctrnn", "jax")])
 @pytest.mark.slow
-def test_metrics_of_the_factors(kind, backend):
+def test_metrics_of_the_factors_match_explicit_matrices(kind, backend):
     p = problem(kind, outputs=2)
     target = Target(backend, "float64", "cpu")
     kernel, at_f = (StateKernel(p, end, target) for end in ("theta_0", "theta_f"))
@@ -273,7 +273,7 @@ def test_metrics_of_the_factors(kind, backend):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_exact_baselines(kind):
+def test_exact_baselines_match_the_explicit_kernel(kind):
     p = problem(kind, outputs=2)
     J, J_f = written_out(p), written_out(p, "theta_f")
     exact = metrics_of(J @ J.T, J_f @ J_f.T)
@@ -295,7 +295,7 @@ def test_parameter_gram_says_what_does_not_fit():
     assert "over the memory" in reason
 
 
-def test_a_layer_of_torch_is_a_model():
+def test_a_layer_of_torch_is_accepted_as_a_model():
     layer = nn.GRU(3, 4, batch_first=True)
     J = written_out(from_recurrent(layer, X))
     estimate = ntkbench.trace(layer, X, method="recurrent_exact_trace", dtype="float64")
@@ -319,7 +319,7 @@ class Detached(Reverses):
 
 
 class Declares(Reverses):
-    """A module that says it is an RNN, and scales its states."""
+    """A module that declares itself an RNN, but scales its states."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ PART = "[N=2,parameters=recurrent,read=outputs]"
 
 
 @given(rank=st.integers(1, 8), gain=st.floats(0.2, 3), seed=SEEDS)
-def test_initialisations_have_the_rank_and_the_norm_asked_for(rank, gain, seed):
+def test_initialisations_have_the_requested_rank_and_norm(rank, gain, seed):
     cut, full = (
         recurrent.initialised("rnn", CHANNELS, 8, gain=gain, rank=r, seed=seed).weight_hh.detach().double()
         for r in (rank, None)
@@ -71,7 +71,7 @@ def test_short_trials_come_before_long_ones(T):
 
 @pytest.mark.slow
 def test_a_vanilla_network_learns_long_trials_from_short_ones():
-    """At 90 steps it takes them; 45 are enough to see the lengths in turn."""
+    """Trials of 90 steps need the short ones; 45 steps are enough to test lengths in turn."""
     import torch
 
     definition = problems.define("rnn_match_to_sample[N=2,T=45,H=16]")
@@ -100,7 +100,7 @@ def test_committed_weights_solve_their_task(name):
 
 @pytest.fixture
 def impatient(monkeypatch, tmp_path):
-    """Training that may take two steps, in a cache of its own."""
+    """Training that is limited to two steps, with a cache of its own."""
     descent = training.descent
     monkeypatch.setattr(training, "descent", lambda *args, **kwargs: descent(*args, **(kwargs | {"most": 2})))
     monkeypatch.setenv("NTKBENCH_CACHE", str(tmp_path / "cache"))
@@ -109,7 +109,7 @@ def impatient(monkeypatch, tmp_path):
     problems.load.cache_clear()
 
 
-def test_training_that_fails_is_one_error_and_leaves_nothing(impatient):
+def test_failed_training_is_one_error_and_leaves_no_file(impatient):
     says = r"rnn_flipflop: training did not reach a loss of 0\.1: it is [\d.]+ after 2 steps"
     with pytest.raises(DidNotTrain, match=says):
         problems.load("rnn_flipflop[H=5]")
@@ -147,7 +147,7 @@ def test_checkpoints_are_log_spaced_and_end_with_the_last_step(steps):
         assert (loss, theta["weight"].item()) == (steps - step, step)
 
 
-def test_the_states_do_not_come_from_the_readout():
+def test_parameters_of_the_readout_need_outputs():
     with pytest.raises(BadInput, match="states do not depend on the readout: parameters=readout needs read=outputs"):
         problems.load("gru_flipflop[parameters=readout]")
 
@@ -198,7 +198,7 @@ def test_the_jacobian_of_a_part_is_a_block_of_the_whole(name, backend, end, load
 @pytest.mark.parametrize(
     "method", ["jacobian_contraction", "direct", "nt_jacobian_contraction", "structured_derivatives"]
 )
-def test_alignment_of_a_part_is_that_of_two_networks_with_their_own_rests(method, load):
+def test_alignment_of_a_part_uses_the_fixed_parameters_of_each_end(method, load):
     part, whole = load(f"rnn_flipflop{PART}"), load("rnn_flipflop[N=2,read=outputs]")
     thetas = []
     for end in ("theta_0", "theta_f"):

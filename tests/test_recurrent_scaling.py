@@ -1,4 +1,4 @@
-"""The study of what recurrent networks cost against their sizes, and its figure."""
+"""The study of the cost of recurrent networks against their sizes, and its figure."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_one_size_at_a_time_is_varied_for_every_method(table):
     assert without == {"recurrent_exact_trace"}, "a method without probes was timed against them"
 
 
-def test_passes_are_what_the_methods_say_that_probes_cost(table):
+def test_passes_are_the_stated_costs_of_the_probes(table):
     for row in table.itertuples():
         if row.method != "recurrent_exact_trace":
             assert row.passes == methods.get(row.method).cost(row.metric, row.probes)
@@ -74,7 +74,7 @@ def test_too_few_steps_are_refused_before_anything_is_timed():
         studies.settings("recurrent_scaling", TINY | {"T": [1, 4, 8]})
 
 
-def test_a_problem_that_cannot_be_made_is_a_reason_in_each_of_its_rows(monkeypatch):
+def test_a_problem_that_cannot_be_made_gives_a_reason_in_each_of_its_rows(monkeypatch):
     made, tried = recurrent_scaling._problem, []
 
     def problem(settings, kind, N, T):
@@ -92,7 +92,7 @@ def test_a_problem_that_cannot_be_made_is_a_reason_in_each_of_its_rows(monkeypat
     assert tried == [("rnn", 2, 8)], "what failed is not tried again"
 
 
-def test_a_call_that_fails_later_is_one_row_and_the_others_are_timed(monkeypatch):
+def test_a_call_that_fails_later_is_one_failed_row_and_the_others_are_timed(monkeypatch):
     method = type(methods.get("one_sided_reverse"))
     estimate, calls = method.estimate, []
 
@@ -112,7 +112,7 @@ def test_a_call_that_fails_later_is_one_row_and_the_others_are_timed(monkeypatch
 
 
 def test_an_interrupted_study_resumes_with_the_same_rows(tmp_path, monkeypatch):
-    """Stopped before the sizes of the second method take turns; its first calls are known, and it has to warm up."""
+    """Interrupted before the turns of the second method; its first calls are known, but it warms up again."""
     whole = run()
 
     def measured(in_turn):
@@ -136,8 +136,8 @@ def test_an_interrupted_study_resumes_with_the_same_rows(tmp_path, monkeypatch):
     assert measured(in_turn).equals(again) and (tmp_path / "study.journal").read_text() == lines
 
 
-def test_the_figure_says_the_slopes_of_its_lines(table, tmp_path):
-    """On seconds that are known powers of the sizes."""
+def test_the_figure_states_the_slopes_of_its_lines(table, tmp_path):
+    """For seconds that are known powers of the sizes."""
     powers = {"N": 1.0, "T": 2.0, "probes": 0.5}
     known = table.assign(seconds=[row[row["varied"]] ** powers[row["varied"]] for _, row in table.iterrows()])
     known = known.assign(**PROVENANCE)

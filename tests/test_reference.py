@@ -1,4 +1,4 @@
-"""The exact values: both sides of J, valid stored values, and the committed ones recomputed."""
+"""Exact values: both sides of J, stored values that are valid, and committed ones recomputed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ntkbench.problems.base import reference, storage, weights
 from ntkbench.testing import smooth_problem
 
 COMMITTED = {path.stem: json.loads(path.read_text()) for path in sorted((paths.REFERENCE / "exact").glob("*.json"))}
-KNOWN = {  # two decimals each, known before any of this was written
+KNOWN = {  # to two decimals, known before any of this was written
     "mlp_hazelden": {"trace": 2314.23, "norm": 397.04, "effective_rank": 33.97},
     "gru_hazelden": {"trace": 223056.46},
 }
@@ -77,7 +77,7 @@ def test_without_trained_weights_there_is_no_alignment(N):
 
 
 @pytest.mark.parametrize("N", [3, 20])
-def test_interacting_samples_take_whole_passes(N):
+def test_exact_values_of_interacting_samples_are_right(N):
     from torch import nn
 
     net = smooth_problem("net", N, 2, 3, 4)
@@ -87,7 +87,7 @@ def test_interacting_samples_take_whole_passes(N):
 
 
 @pytest.mark.parametrize("folder", ["reference", "cache"])
-def test_a_stored_value_counts_if_it_is_of_the_same_bits(folder, own_cache, tiny, monkeypatch):
+def test_a_stored_value_with_the_same_digest_is_used(folder, own_cache, tiny, monkeypatch):
     storage.write(
         reference.file_of(tiny.name, own_cache / folder), {"metrics": {"trace": 42.0}, "digest": tiny.digest()}
     )
@@ -96,16 +96,16 @@ def test_a_stored_value_counts_if_it_is_of_the_same_bits(folder, own_cache, tiny
 
 
 @pytest.mark.parametrize("folder", ["reference", "cache"])
-def test_a_stored_value_of_other_bits_is_computed_again(folder, own_cache, tiny):
+def test_a_stored_value_with_another_digest_is_recomputed(folder, own_cache, tiny):
     stored = {"metrics": {"trace": 42.0}, "digest": "0" * 16}
     path = reference.file_of(tiny.name, own_cache / folder)
     storage.write(path, stored)
     assert reference.exact(tiny) == pytest.approx(truth(tiny), rel=1e-11)
-    if folder == "reference":  # committed files are written on purpose only
+    if folder == "reference":  # committed files are written only on request
         assert storage.read(path) == stored
 
 
-def test_computed_once_and_kept(own_cache, tiny, monkeypatch):
+def test_exact_values_are_computed_once_and_cached(own_cache, tiny, monkeypatch):
     first = reference.exact(tiny)
     record = json.loads(reference.file_of(tiny.name, own_cache / "cache").read_text())
     assert record["metrics"] == first
@@ -115,7 +115,7 @@ def test_computed_once_and_kept(own_cache, tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("label", COMMITTED)
-def test_committed_references_are_of_todays_problems(label):
+def test_committed_references_match_todays_problems(label):
     record = COMMITTED[label]
     try:
         problem = problems.load(label)
@@ -134,7 +134,7 @@ CHEAP = sorted(COMMITTED, key=lambda label: COMMITTED[label]["seconds"])[:3]
 
 
 @pytest.mark.parametrize("label", CHEAP)
-def test_the_cheapest_committed_references_made_again(label, request):
+def test_the_cheapest_committed_references_are_reproduced(label, request):
     import torch
 
     threads = torch.get_num_threads()
@@ -145,13 +145,13 @@ def test_the_cheapest_committed_references_made_again(label, request):
 
 
 @pytest.mark.parametrize(("label", "metric"), [(label, metric) for label in KNOWN for metric in KNOWN[label]])
-def test_known_numbers_to_all_digits_given(label, metric):
+def test_known_values_agree_to_all_given_digits(label, metric):
     assert label in COMMITTED, f"results/reference/exact/{label}.json is not there"
     assert round(COMMITTED[label]["metrics"][metric], 2) == KNOWN[label][metric]
 
 
 @pytest.mark.parametrize("label", COMMITTED)
-def test_committed_values_keep_the_inequalities_of_a_gram_matrix(label):
+def test_committed_values_satisfy_the_inequalities_of_a_gram_matrix(label):
     values = COMMITTED[label]["metrics"]
     rank = min(COMMITTED[label]["n"], COMMITTED[label]["P"])
     assert 1 <= values["effective_rank"] <= rank
@@ -160,7 +160,7 @@ def test_committed_values_keep_the_inequalities_of_a_gram_matrix(label):
     assert 0 <= values["alignment"] <= 1
 
 
-def test_remaking_writes_weights_and_values_where_they_are_committed(own_cache):
+def test_commit_writes_weights_and_values_to_the_committed_folder(own_cache):
     (record,) = reference.commit(["digits_conv[N=2]"])
     problem = problems.load("digits_conv[N=2]")
     assert record["metrics"] == pytest.approx(truth(problem), rel=1e-11)
@@ -186,7 +186,7 @@ def test_networks_with_the_same_weights_do_not_share_a_value(own_cache, tiny):
     assert reference.exact(other)["trace"] != pytest.approx(truth(tiny)["trace"], rel=1e-3)
 
 
-def test_a_value_that_cannot_be_computed_is_one_line(own_cache, tiny):
+def test_a_value_that_cannot_be_computed_is_a_one_line_error(own_cache, tiny):
     from torch import nn
 
     class Broken(nn.Sequential):
@@ -217,7 +217,7 @@ def test_matrices_beyond_the_machines_memory_are_refused_before_they_are_made(ow
         reference.exact(problem)
 
 
-def test_a_full_disk_is_one_line(own_cache, tiny, monkeypatch):
+def test_a_full_disk_is_reported_in_one_line(own_cache, tiny, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -1,4 +1,4 @@
-"""Plug-ins: found without being imported, imported one by one, and broken without harm to the others."""
+"""Plug-ins: found without being imported, imported one by one, and unaffected by broken ones."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ RULES = {torch.ops.aten.mul.Tensor: scale}
 GOOD = {"method": METHOD, "problem": PROBLEM, "study": STUDY, "figure": FIGURE, "rule": RULE}
 
 EVERYWHERE = [
-    # source, line, and what is said of it
+    # source, line and reason
     ("", 1, "is empty"),
     ("# only a comment\n", 1, "is empty"),
     ("x = 1\ndef f(:\n", 2, "SyntaxError: invalid syntax"),
@@ -113,7 +113,7 @@ AT_IMPORT = [
 
 
 def but(kind, old, new):
-    """A plug-in that is good but for one thing."""
+    """A good plug-in with one defect."""
     assert old in GOOD[kind]
     return GOOD[kind].replace(old, new)
 
@@ -196,7 +196,7 @@ BROKEN = [
 
 @pytest.fixture
 def drop(tmp_path, monkeypatch):
-    """Put a plug-in file into the folder of its kind, as long as the test lasts."""
+    """Puts a plug-in file into the folder of its kind for the duration of the test."""
     registries = {kind: registry.of(kind) for kind in PACKAGES}
     loaded = {kind: dict(kept._loaded) for kind, kept in registries.items()}
     before, names = dict(base.REGISTRY), set(sys.modules)
@@ -254,7 +254,7 @@ def test_a_broken_plug_in_gives_the_reason_and_affects_no_other(drop, kind, sour
 
 @pytest.mark.parametrize("kind", GOOD)
 @pytest.mark.parametrize("name", ["_mine.py", "my-method.py", "3d.py", "größe.py", "my method.py"])
-def test_a_file_name_must_be_a_name(drop, kind, name):
+def test_a_file_name_must_be_a_valid_name(drop, kind, name):
     drop(kind, name, GOOD[kind])
     (broken,) = registry.of(kind).broken()
     assert "is not a valid plug-in name" in broken.reason and broken.file.name == name
@@ -306,7 +306,7 @@ def test_an_unreadable_file_is_broken(drop):
 
 
 @pytest.mark.parametrize("source", ["def f(:\n", "import sys\nsys.exit(3)\n", "x = 1\n"])
-def test_a_configuration_of_all_methods_takes_those_that_work(drop, source):
+def test_a_configuration_of_all_methods_uses_those_that_work(drop, source):
     block = {"problems": ["digits_conv[N=4]"], "methods": "all", "metrics": ["trace"], "passes": [36]}
     given = {"profile": "test", "threads": 1, "grid": [block]}
     before = {cell.label for cell in cells(Config.check(given, "test.yaml"))}
@@ -359,7 +359,7 @@ def test_a_name_that_is_taken_is_refused_whatever_is_imported_first(drop, first,
     (broken,) = problems.REGISTRY.broken()
     assert (broken.name, broken.file, broken.line) == ("mlp_he", file, 12)
     assert f"the name 'mlp_he' is taken by {paths.ROOT}" in broken.reason and "mlp.py" in broken.reason
-    with pytest.raises(BadInput, match="N can be at most 50"):  # nor may it change what sizes there are
+    with pytest.raises(BadInput, match="N can be at most 50"):  # nor may it change the sizes
         problems.check("mlp_he[N=51]")
 
 
@@ -370,7 +370,7 @@ def test_unknown_names_are_refused_with_the_allowed_ones():
         figures.study_of("coverages")
 
 
-def test_a_name_that_a_torn_file_may_hold_is_unknown_with_the_torn_file_named(drop):
+def test_an_unknown_name_is_reported_with_the_broken_files(drop):
     drop("problem", "torn.py", "x = 1\ndef f(:\n")
     with pytest.raises(BadInput, match=r"unknown problem 'my_problem'; allowed: .*; broken: torn\.py:2$"):
         problems.check("my_problem[N=3]")
@@ -398,14 +398,14 @@ assert not {{"jax", "neural_tangents"}} & set(sys.modules)
         ("figures", "figures.names(), figures.study_of('hazelden_trace')", []),
     ],
 )
-def test_a_process_imports_the_plug_ins_that_it_asks_for(kind, work, imported):
+def test_a_process_imports_only_the_plug_ins_that_it_uses(kind, work, imported):
     code = FRESH.format(kind=kind, work=work)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [name for name in eval(done.stdout) if not name.startswith("plotting")] == imported
 
 
-def test_everything_that_comes_with_ntkbench_works():
+def test_all_plug_ins_that_come_with_ntkbench_work():
     assert registry.broken() == []
     assert len(methods.names()) >= 40 and len(problems.names()) >= 21
     assert len(studies.names()) >= 12 and len(figures.names()) >= 23
@@ -427,7 +427,7 @@ def theirs(N: int = 3):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Plug-ins of one's own: a method and a problem, and a method whose name is taken."""
+    """A folder of plug-ins: a method, a problem, a rule, and a method whose name is taken."""
     for kind, name, source in (
         ("methods", "mine", METHOD),
         ("methods", "hutchpp", METHOD),
@@ -502,7 +502,7 @@ def hashes(folder):
 
 
 @pytest.mark.slow
-def test_an_edit_of_what_plug_ins_import_changes_what_uses_them_and_nothing_else(folder):
+def test_an_edit_of_an_import_changes_only_the_fingerprints_of_its_users(folder):
     lib = folder / "methods" / "lib" / "__init__.py"
     lib.parent.mkdir()
     lib.write_text("from ntkbench.estimators import lanczos\n", encoding="utf-8")
@@ -515,7 +515,7 @@ def test_an_edit_of_what_plug_ins_import_changes_what_uses_them_and_nothing_else
     assert "lanczos.py" in files.split(), "what helpers import of ntkbench"
 
 
-def test_odd_files_in_a_folder_of_plug_ins_do_no_harm(folder, tmp_path):
+def test_odd_files_in_a_folder_of_plug_ins_are_ignored(folder, tmp_path):
     usual = hashes(folder)
     (folder / "methods" / ".#mine.py").symlink_to(folder / "nowhere")
     (folder / "a_folder.py").mkdir()
@@ -529,7 +529,7 @@ def test_odd_files_in_a_folder_of_plug_ins_do_no_harm(folder, tmp_path):
     looks_right(in_a_process(LOOK, NTKBENCH_PLUGINS=os.pathsep.join(map(str, (folder, link)))), folder)
 
 
-def test_a_folder_with_everything_in_it_is_refused(folder, monkeypatch):
+def test_a_folder_of_too_many_files_is_refused(folder, monkeypatch):
     monkeypatch.setenv(outside.VARIABLE, str(folder))
     monkeypatch.setattr(outside, "MOST_FILES", 3)
     with pytest.raises(BadInput, match="more than 3 Python files"):
@@ -539,7 +539,7 @@ def test_a_folder_with_everything_in_it_is_refused(folder, monkeypatch):
     assert os.environ[outside.VARIABLE] == str(folder)
 
 
-def test_installed_packages_bring_plug_ins(folder):
+def test_plug_ins_of_installed_packages_are_found(folder):
     folder.joinpath("__init__.py").write_text("raise SystemExit('it is not imported')", encoding="utf-8")
     info = folder.parent / "of_mine-1.0.dist-info"
     info.mkdir()
@@ -565,7 +565,7 @@ def test_an_entry_point_without_a_package_is_reported_and_breaks_nothing(folder)
     assert all(any(repr(value) in line and "must be an installed package" in line for line in said) for value in values)
 
 
-def test_a_folder_of_plug_ins_that_is_not_there_is_refused_in_one_line(tmp_path):
+def test_a_missing_folder_of_plug_ins_is_refused_in_one_line(tmp_path):
     for command in (["-c", "import ntkbench.methods"], ["-m", "ntkbench", "list"]):
         missing = {"NTKBENCH_PLUGINS": str(tmp_path / "missing")}
         done = subprocess.run([sys.executable, *command], env=os.environ | missing, capture_output=True, text=True)
@@ -642,7 +642,7 @@ def test_rules_outside_of_the_checkout_are_applied(folder, scaled):
         ("def scale(", "def scale((", "scales.py:8: SyntaxError"),
     ],
 )
-def test_a_rule_that_is_wrong_gives_no_wrong_value(folder, scaled, old, new, says):
+def test_a_wrong_rule_gives_no_wrong_value(folder, scaled, old, new, says):
     assert old in RULE
     (folder / "rules" / "scales.py").write_text(RULE.replace(old, new), encoding="utf-8")
     right, done = (in_a_process(TRACE, scaled, *more) for more in ((), (folder,)))
@@ -660,7 +660,7 @@ def test_rules_of_installed_packages_are_applied(folder, scaled):
     assert done.stdout.splitlines()[-1].split() == ["w", "out.weight"], done.stderr[-2000:]
 
 
-def test_rules_count_among_the_sources_of_what_is_measured_with_them(folder):
+def test_rules_are_sources_of_what_is_measured_with_them(folder):
     code = """
     from ntkbench import methods
     from ntkbench.measure import fingerprints

@@ -1,4 +1,4 @@
-"""Traces that are reused, and the alignment of networks that differ in more than the values of theta."""
+"""Traces that are reused, and the alignment of networks that differ in more than their parameters."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ FLOAT64 = Target("torch", "float64", "cpu")
 
 @pytest.fixture(autouse=True)
 def kept(monkeypatch) -> OrderedDict:
-    """No traces but those of the test."""
+    """The traces that are kept, none at first."""
     monkeypatch.setattr(reuse, "_kept", OrderedDict())
     return reuse._kept
 
 
 @pytest.fixture
 def traces(monkeypatch) -> Callable[[], int]:
-    """How often anything was traced since this was called last."""
+    """A function that counts the traces since its last call."""
     count = 0
 
     def counted(*args, **kwargs):
@@ -82,7 +82,7 @@ def engine_of(model: nn.Module, x: torch.Tensor) -> LayerwiseKernel:
 
 
 def check(model: nn.Module, x: torch.Tensor, tolerance: float = 1e-10) -> LayerwiseKernel:
-    """Compare the kernel with an explicit one; the engine, to look into."""
+    """Compare the kernel with an explicit one; returns the engine."""
     engine = engine_of(model, x)
     theta = list(weights(model).values())
     found, expected = engine.kernel(theta, x), explicit(model, x)
@@ -93,7 +93,7 @@ def check(model: nn.Module, x: torch.Tensor, tolerance: float = 1e-10) -> Layerw
 
 
 class Call(nn.Module):
-    """A layer called in some way, which no key of a trace can see."""
+    """A layer called by a function that is in no key of a trace."""
 
     def __init__(self, layer: nn.Module, call):
         super().__init__()
@@ -156,7 +156,7 @@ def made(kind: str, seed: int) -> tuple[nn.Module, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_network_of_a_known_structure_is_not_traced(kind, traces):
+def test_a_network_of_a_known_structure_is_not_traced_again(kind, traces):
     check(*made(kind, 0))
     assert traces() > 0
     for seed in (1, 2):
@@ -170,7 +170,7 @@ def test_a_network_of_a_known_structure_is_not_traced(kind, traces):
 
 @settings(max_examples=15)
 @given(sizes=st.lists(st.integers(1, 5), min_size=2, max_size=4), N=st.tuples(st.integers(1, 4), st.integers(1, 4)))
-def test_other_numbers_of_samples_take_the_same_trace(sizes, N):
+def test_other_numbers_of_samples_use_the_same_trace(sizes, N):
     torch.manual_seed(0)
     layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.Tanh())]
     model = nn.Sequential(*layers).double()
@@ -190,7 +190,7 @@ def test_ntk_and_metrics_trace_a_network_once(traces):
         assert bool(traces()) == (seed == 0)
 
 
-# --- what changes without a trace in the structure
+# --- changes that the structure does not show
 
 
 class Scaled(nn.Linear):
@@ -207,7 +207,7 @@ class Scaled(nn.Linear):
 
 
 class Settings:
-    """Of a network, by which it stops a gradient."""
+    """Settings of a network: whether it stops a gradient."""
 
     def __init__(self, stopping: bool):
         self.stopping = stopping
@@ -340,11 +340,11 @@ def test_a_class_that_is_defined_again_under_its_name_has_a_trace_of_its_own(kep
 
 
 def gated(layer, x, gain):
-    """Samples with a positive first entry alone depend on the buffer."""
+    """Only samples with a positive first entry depend on the buffer."""
     return torch.tanh(layer(x)) * torch.where(x[:, :1] > 0, gain.item(), 1.0)
 
 
-def test_what_shows_in_other_samples_than_the_first_is_found_by_the_certificate(traces):
+def test_changes_that_the_first_sample_does_not_show_are_found_by_the_certificate(traces):
     torch.manual_seed(0)
     x = torch.randn(4, 5).double()
     x[:, 0] = torch.tensor([-1, 1, -1, 1])
@@ -356,7 +356,7 @@ def test_what_shows_in_other_samples_than_the_first_is_found_by_the_certificate(
     theta = list(weights(models[1]).values())
     torch.testing.assert_close(engine.kernel(theta, x), explicit(models[1], x))
     assert traces() > 0
-    assert engine.directions_taken == 2 * 4 * 3  # the passes of the kernel that was contradicted count
+    assert engine.directions_taken == 2 * 4 * 3  # the passes of the contradicted kernel count
     assert engine_of(models[1], x).trace is engine.trace
     torch.testing.assert_close(ntkbench.ntk(models[2], x), explicit(models[2], x))
     norm = ntkbench.norm(models[0], x, method="structured_derivatives")
@@ -373,7 +373,7 @@ def test_a_network_that_contradicts_itself_is_reported(traces):
             engine.kernel(list(weights(model).values()), x)
 
 
-# --- what is kept
+# --- kept traces
 
 
 def tensor_bytes() -> int:
@@ -412,7 +412,7 @@ def test_no_module_class_weight_buffer_or_input_is_held():
 
 
 @pytest.mark.slow
-def test_counting_what_autograd_saves_holds_nothing_afterwards():
+def test_counting_what_autograd_saves_leaves_nothing_in_memory():
     """A saved output that is kept as it is would hold the node that saves it."""
 
     def use() -> None:
@@ -440,7 +440,7 @@ def test_a_trace_with_a_large_tensor_is_not_kept(kept):
     assert not kept
 
 
-def test_traces_and_programs_used_longest_ago_go_first(kept, monkeypatch, traces):
+def test_the_least_recently_used_traces_and_programs_are_dropped_first(kept, monkeypatch, traces):
     monkeypatch.setattr(reuse, "KEPT", 2)
     monkeypatch.setattr(capture, "MOST_PROGRAMS", 2)
     models = [nn.Linear(3, size).double() for size in (1, 2, 3)]
@@ -619,7 +619,7 @@ def test_different_networks_are_aligned(name, backend):
         check_alignment(name, problem, replace(target, memory=1), testing.metrics_of(*thetas)["alignment"])
 
 
-def test_a_problem_with_another_network():
+def test_a_problem_may_have_another_network_at_theta_f():
     problem = two_networks()
     one, other = testing.smooth_problem("one", 4, 3, 4, 2), testing.smooth_problem("other", 4, 5, 6, 2)
     assert problem.theta_f is other.theta_0

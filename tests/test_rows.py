@@ -29,13 +29,13 @@ def test_a_row_has_its_settings_and_provenance():
     assert row["git_sha"] and row["machine"] and "torch" in row["versions"] and row["threads"] == 1
 
 
-def test_a_row_of_what_was_not_measured_counts_no_seeds_and_no_calls():
+def test_a_row_without_a_measurement_has_no_seeds_and_no_calls():
     row = table(CELLS[:1], Outcome("timeout", "not done")).iloc[0]
     assert (row["status"], row["reason"], row["seeds"], row["calls"]) == ("timeout", "not done", 0, 0)
     assert pd.isna(row["seconds"]) and pd.isna(row["error"])
 
 
-def test_a_table_survives_its_file(tmp_path):
+def test_a_table_is_the_same_after_writing_and_reading(tmp_path):
     made = table(CELLS, Outcome("failed", 'ValueError: nul \\x00, comma, "quote" <b>'), notes="a; b")
     made.to_csv(tmp_path / "table.csv", index=False)
     pd.testing.assert_frame_equal(
@@ -45,7 +45,7 @@ def test_a_table_survives_its_file(tmp_path):
     )
 
 
-def test_shards_are_put_together_in_the_order_of_the_cells():
+def test_shards_are_combined_in_the_order_of_the_cells():
     made = rows.combine([table(CELLS[2:]), table(CELLS[:2])], CELLS)
     assert list(zip(made["method"], made["passes"].fillna(0), strict=True)) == [
         ("direct", 0),
@@ -62,7 +62,7 @@ def test_shards_are_put_together_in_the_order_of_the_cells():
         ([*CELLS, cells.Cell("mlp_he", "direct", "torch", "trace", None)], r"unknown \['mlp_he/direct/torch/trace'\]"),
     ],
 )
-def test_a_table_that_is_not_one_row_a_cell_is_refused(chosen, said):
+def test_a_table_without_one_row_per_cell_is_refused(chosen, said):
     with pytest.raises(NtkbenchError, match=said):
         rows.combine([table(chosen)], CELLS)
 

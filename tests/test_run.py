@@ -34,7 +34,7 @@ def test_memory_and_time_are_those_of_the_limits():
     assert made.needs().runtime == (BEGIN_S + 2 * 600) // 60
 
 
-def test_no_job_asks_for_more_hours_than_it_may():
+def test_no_job_requests_more_hours_than_job_h():
     made = run(job_h=0.5, limits={"time_s": 3600}, studies={"training": {}})
     assert made.needs(number=0).runtime == made.needs(study="training").runtime == made.needs().runtime == 30
 
@@ -47,7 +47,7 @@ def test_a_study_has_its_own_limits_and_device():
     assert made.needs(number=0).gpu == 0 and run(here=False, device="cuda").needs(number=0).gpu == 1
 
 
-def test_what_takes_times_has_its_machine_and_all_threads():
+def test_timed_steps_have_their_machine_and_all_threads():
     made = run(here=False, threads=64, studies={"novak_time": {}, "training": {}})
     assert [made.needs(study=name)[::4] for name in ("novak_time", "training")] == [(64, 2), (1, 1)]
     assert made.needs(number=0)[::4] == (64, 2) and made.needs()[::4] == (64, 1)
@@ -60,8 +60,8 @@ def test_cores_and_device_are_of_the_machine_that_measures(monkeypatch):
     assert Run(made.config).made_for.table("training") == made.made_for.table("training") != ""
 
 
-def test_shards_keep_sixteen_nodes_busy():
-    """The papers' grid: at most one pair of a problem and a method a shard where there are as many shards as pairs."""
+def test_shards_split_the_papers_grid_evenly():
+    """Each pair of a problem and a method is in one shard, and shards differ by at most one pair."""
     config = Config.of_files([paths.ROOT / "config" / "paper.yaml"], {"shards": 64, "threads": 1})
     dealt = [cells.of_shard(config, number) for number in range(64)]
     pairs = [{(cell.problem, cell.method) for cell in shard} for shard in dealt]
@@ -83,5 +83,5 @@ def test_rows_from_several_kinds_of_machines_are_marked():
 
 
 @pytest.mark.parametrize("study", ["training", "novak_time"])
-def test_whether_a_study_takes_times_is_read_without_importing_it(study):
+def test_whether_a_study_is_timed_is_read_without_importing_it(study):
     assert (run(here=False, studies={study: {}}).needs(study=study).timer == 2) == (study == "novak_time")

@@ -57,7 +57,7 @@ def test_inclusion_probabilities_of_many_units_add_up(N, size):
     np.testing.assert_allclose(pair.sum(1), (design.size - 1) * single, rtol=1e-10)
 
 
-def test_large_units_are_certain_and_a_complete_sample_has_no_chance():
+def test_large_units_and_all_of_a_complete_sample_are_certain():
     design = sampling.design(np.array([100.0, 1, 1, 1, 50, 1, 1, 1, 1, 1]), 6, 4)
     assert design.certain.tolist() == [0, 4] and design.size == 4
     assert not np.isin(design.certain, design.others).any()
@@ -80,15 +80,15 @@ def test_units_without_a_size_are_drawn_as_well(sizes):
 
 @pytest.mark.parametrize(("N", "size"), [(1000, 999), (1000, 990), (2000, 1990), (2000, 8)])
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
-def test_any_number_of_units_is_drawn_soon(N, size, spread):
-    """The number is the likeliest one, also where nearly all units are drawn."""
+def test_any_number_of_units_is_drawn_in_few_attempts(N, size, spread):
+    """The size is the most likely one, even where nearly all units are drawn."""
     design, rng = sampling.design(np.exp(spread * np.random.default_rng(0).standard_normal(N)), size, 8), Counted()
     assert len(np.unique(design.draw(rng))) == design.size and rng.draws < 2000
     assert design.probabilities.sum() == pytest.approx(design.size, rel=1e-9)
 
 
 class Counted:
-    """Uniform numbers, and how often they were drawn."""
+    """Uniform numbers that count how often they are drawn."""
 
     def __init__(self) -> None:
         self.draws, self._rng = 0, np.random.default_rng(1)

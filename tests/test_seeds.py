@@ -1,4 +1,4 @@
-"""Errors over seeds: the one loop, and what counts as an estimate."""
+"""Errors over seeds, and what counts as an estimate."""
 
 import math
 from dataclasses import replace
@@ -74,7 +74,7 @@ def test_columns_are_those_of_the_estimates():
     assert found["standard_error"] == 0.5
 
 
-def test_errors_of_squares():
+def test_errors_may_be_those_of_squares():
     found = Reruns(2.0, "float64", power=2).run(lambda seed: estimate(3.0), range(2)).columns()
     assert found["error"] == (9 - 4) / 4
 
@@ -84,7 +84,7 @@ def test_a_deterministic_estimate_has_no_coverage():
     assert found["covered"] is None and found["standard_error"] is None and found["error"] == 0.0
 
 
-def test_an_exact_value_of_zero():
+def test_an_exact_value_of_zero_has_no_other_relative_error_than_zero():
     assert seeds.relative_error(0.0, 0.0) == 0.0
     with pytest.raises(BadEstimate, match="exact value is 0"):
         seeds.relative_error(1e-9, 0.0)

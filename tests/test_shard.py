@@ -1,4 +1,4 @@
-"""A shard's cells: what becomes of a row whose sources change while it is measured. No asv runs here."""
+"""A shard's cells: rows whose sources change while they are measured are repeated. No asv runs here."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ LABEL = "fc_relu[N=2,O=1,width=4,depth=1]"
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """Measures two cells of one problem by an engine that is not there, and returns their rows."""
+    """Measures two cells of one problem with a fake engine, and returns the calls and the rows."""
     grid = [{"problems": [LABEL], "methods": ["hutchinson"], "metrics": ["trace", "norm"], "passes": [12]}]
     config = Config.model_validate({"profile": "shard", "threads": 1, "grid": grid, "studies": {}})
     problem = {"status": "ok", "reason": "", "exact": {"trace": 1.0, "norm": 1.0}, "N": 2, "O": 1, "P": 9, "n": 2}
@@ -44,7 +44,7 @@ def test_rows_are_measured_once(measured):
     assert not again and same.equals(rows)
 
 
-def test_a_row_whose_sources_are_edited_while_it_is_measured_has_failed_and_is_measured_again(measured, monkeypatch):
+def test_a_row_whose_sources_are_edited_while_it_is_measured_fails_and_is_repeated(measured, monkeypatch):
     made_for = shard.fingerprints.cell
     edits = []
     monkeypatch.setattr(shard.fingerprints, "cell", lambda *a: made_for(*a) + "edited" * len(edits))
@@ -52,6 +52,6 @@ def test_a_row_whose_sources_are_edited_while_it_is_measured_has_failed_and_is_m
     assert rows["status"].to_dict() == {"trace": "ok", "norm": "failed"}
     assert rows["value"].isna().to_dict() == {"trace": False, "norm": True}
     assert "edited while" in rows.loc["norm", "reason"]
-    # What was measured before the edit is measured again as well, for it is of other sources now.
+    # Rows measured before the edit are measured again as well, since their sources have changed.
     calls, rows = measured(lambda cell: None)
     assert calls == ["trace", "norm"] and (rows["status"] == "ok").all()

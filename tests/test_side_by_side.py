@@ -1,4 +1,4 @@
-"""Two computations in turn: what is reported is what was measured, and what cannot run is a row with its reason."""
+"""Two computations in turn: rows report what was measured, or the reason why nothing was."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ def test_a_tangent_for_each_trial_gives_the_products_of_each_trial():
     assert found == pytest.approx(float(j.jvp(w)[0, -1]))
 
 
-def test_blocks_of_products_are_held_against_their_matrix_products(table):
+def test_blocks_of_products_are_compared_with_their_matrix_products(table):
     row = table.loc["64 VJPs", BARE]
     assert (row["status"], row["metric"], row["calls"]) == ("ok", "", 4)
     assert row["ratio"] > 0.5
 
 
-def test_a_rival_that_cannot_run_says_why(table):
+def test_a_rival_that_cannot_run_has_a_reason(table):
     row = table.loc["structured_derivatives", "nt_structured_derivatives"]
     assert row["status"] == "skipped" and "unrolls lax.scan" in row["reason"]
     assert pd.isna(row["ratio"]) and pd.isna(row["calls"])
@@ -174,7 +174,7 @@ def test_recurrent_products_by_hand_are_those_of_torch_func(subject, rival, diff
     assert ours == pytest.approx(theirs, rel=difference)
 
 
-def test_every_comparison_can_be_asked_for_in_a_configuration():
+def test_every_default_comparison_is_valid_in_a_configuration():
     given = [comparison.model_dump() for comparison in side_by_side.COMPARISONS]
     assert studies.settings("side_by_side", {"comparisons": given}).comparisons == side_by_side.COMPARISONS
 

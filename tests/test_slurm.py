@@ -1,4 +1,4 @@
-"""The pipeline on a real Slurm cluster of one node, which is this machine: a job is killed, a second start ends well.
+"""The pipeline on a real Slurm cluster of one node, which is this machine: a second start completes a killed job.
 
 It takes four minutes and needs root, Debian's packages and Snakemake's executor plug-in; it is skipped where one of
 them is missing. With ``NTKBENCH_TEST_SLURM=install`` it installs the packages first.
@@ -34,7 +34,7 @@ PROGRAMS = ("mungekey", "munged", "slurmctld", "slurmd", "sbatch", "srun", "sinf
 PLUGIN = "snakemake_executor_plugin_slurm"
 INSTALL = "NTKBENCH_TEST_SLURM"
 CONFIGURATION = Path("/etc/slurm/slurm.conf")
-"""Slurm's own place: Snakemake's job steps lose ``$SLURM_CONF``."""
+"""Slurm's default, since Snakemake's job steps lose ``$SLURM_CONF``."""
 MARK = "# written by a test of ntkbench"
 MEMORY_MB = 1500
 STUDY = {
@@ -122,7 +122,7 @@ def cluster() -> Iterator[None]:
         pytest.skip(reason)
     host = socket.gethostname().partition(".")[0]
     with contextlib.ExitStack() as stack:
-        # Sockets have short paths, and munged wants no folder that others may write to.
+        # Paths of sockets are short, and munged refuses folders that others may write to.
         folder = Path("/run") / f"ntkbench-slurm-{os.getpid()}"
         for each in ("state", "spool"):
             (folder / each).mkdir(parents=True)
@@ -154,7 +154,7 @@ def asked(*command: str) -> str:
 
 
 def jobs() -> dict[str, tuple[str, str]]:
-    """Jobs that run: their ids, the rules with their wildcards, and whether they let others onto their node."""
+    """Running jobs: their ids, the rules with their wildcards, and whether they share their node."""
     lines = asked("squeue", "--noheader", "--states=running", "--format=%i %h %k").splitlines()
     return {job: (comment, share) for job, share, comment in (line.split(maxsplit=2) for line in lines)}
 

@@ -19,7 +19,7 @@ from ntkbench.estimators import solve
 EPS = float(np.finfo(np.float64).eps)
 
 LITTLE = 8 * 60**2
-"""Bytes that Theta [60, 60] does not fit in twice."""
+"""Bytes that hold Theta [60, 60] only once."""
 
 Y = torch.randn(20, O, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 
@@ -31,7 +31,7 @@ def exact(model: nn.Module, x: torch.Tensor, y: torch.Tensor, ridge: float) -> n
 
 @pytest.mark.parametrize(("dtype", "rtol"), [("float64", 1e-9), ("float32", 1e-4)])
 @pytest.mark.parametrize("memory", [None, LITTLE])
-def test_solution_for_a_network(dtype, rtol, memory):
+def test_solutions_for_a_network_match_numpy(dtype, rtol, memory):
     found = ntkbench.solve(wide(), MANY, Y, ridge=0.5, rtol=rtol, dtype=dtype, memory=memory)
     expected = exact(wide(), MANY, Y, 0.5)
     assert found.method == ("cholesky" if memory is None else "conjugate_gradients")
@@ -54,7 +54,7 @@ def test_solution_for_a_network(dtype, rtol, memory):
     seed=st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=30)
-def test_solutions_for_any_spectrum(spectrum, zeros, ridge, seed):
+def test_solutions_are_within_their_bound_for_any_spectrum(spectrum, zeros, ridge, seed):
     values = (*spectrum, *[0.0] * zeros)
     j = Dense(jacobian(values, seed, len(values) + 2))
     y = np.random.default_rng(seed).standard_normal(j.n)
@@ -100,19 +100,19 @@ def test_theta_of_few_parameters_needs_a_ridge(memory):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("alike", [False, True])
 def test_theta_of_a_repeated_sample_needs_a_ridge(dtype, alike):
-    """Whether or not targets are alike where inputs are: with these there are solutions, but many."""
+    """Whether or not equal inputs have equal targets; with these there are solutions, but many."""
     x, y = torch.cat([X, X[:2]]), torch.cat([Y[:5], Y[:2] if alike else Y[5:7]])
     with pytest.raises(ntkbench.BadInput, match=r"not positive definite .* with ridge=0: take .* or more") as caught:
         ntkbench.solve(wide(), x, y, ridge=0.0, dtype=dtype)
     assert ("float64" in str(caught.value)) == (dtype == "float32")
     ridge = float(str(caught.value).partition("take ")[2].partition(" or more")[0])
-    found = ntkbench.solve(wide(), x, y, ridge=ridge, dtype=dtype)  # the remedy helps
+    found = ntkbench.solve(wide(), x, y, ridge=ridge, dtype=dtype)  # the suggested ridge is enough
     assert found.residual <= 1e-5
     np.testing.assert_allclose(found.error, found.residual * float(y.norm()) / ridge)
 
 
 def test_a_factor_of_rounding_is_none_of_theta():
-    """LAPACK factors it, and the residual is zero; that an eigenvalue is 1e-18 is rounding."""
+    """LAPACK factors it with a residual of zero, but an eigenvalue of 1e-18 is rounding."""
     y = np.array([1.0, 0.0])
     for smallest, singular in ((1e-9, True), (1e-3, False)):
         j = Dense(np.diag([1.0, smallest]))
@@ -185,14 +185,14 @@ def test_scales_of_theta_do_not_matter(scale, dtype, memory):
 
 
 @pytest.mark.parametrize("memory", [None, 1])
-def test_one_sample_with_one_output(memory):
+def test_one_sample_with_one_output_is_solved(memory):
     model = nn.Linear(4, 1).double()
     found = ntkbench.solve(model, X[:1], [[3.0]], ridge=1.0, memory=memory)
     assert found.values == pytest.approx(3 / (2 + float((X[0] ** 2).sum())))
 
 
 @pytest.mark.parametrize("memory", [None, LITTLE])
-def test_a_right_hand_side_of_zero_or_of_any_scale(memory):
+def test_right_hand_sides_of_zero_and_of_any_scale_are_solved(memory):
     zero = ntkbench.solve(wide(), MANY, 0 * Y, ridge=0.5, memory=memory)
     assert not zero.values.any() and zero.residual == 0 and zero.notes == ()
     one, tiny = (
@@ -202,7 +202,7 @@ def test_a_right_hand_side_of_zero_or_of_any_scale(memory):
 
 
 @pytest.mark.parametrize("memory", [None, 8 * 15**2])
-def test_regression_of_other_inputs(memory):
+def test_regression_predicts_other_inputs_as_numpy_does(memory):
     y = Y[:5]
     kernel = ntkbench.Kernel(net(), X, memory=memory)
     found = kernel.regress(X2, y, ridge=0.1, rtol=1e-10)
@@ -215,7 +215,7 @@ def test_regression_of_other_inputs(memory):
     np.testing.assert_allclose(own.values, y.numpy(), atol=1e-5)
 
 
-def test_a_function_in_jax_and_groups_of_parameters():
+def test_functions_in_jax_and_groups_of_parameters_are_solved():
     jnp = pytest.importorskip("jax.numpy")
     weights = {"w": jnp.asarray(np.arange(12.0).reshape(4, 3) / 10, "float32"), "b": jnp.zeros(3, "float32")}
     x, y = np.asarray(X, "float32"), np.asarray(Y[:5], "float32")
@@ -247,13 +247,13 @@ def test_a_function_in_jax_and_groups_of_parameters():
         ("unknown keyword 'method'", {"method": "hutchpp"}),
     ],
 )
-def test_what_cannot_be_solved_is_refused(says, given):
+def test_invalid_arguments_are_refused(says, given):
     with pytest.raises(ntkbench.BadInput, match=says) as caught:
         ntkbench.solve(net(), X, **{"y": np.ones((5, 3)), "ridge": 1.0, **given})
     assert "\n" not in str(caught.value)
 
 
-def test_no_regression_where_samples_interact():
+def test_regression_is_refused_where_samples_interact():
     kernel = ntkbench.Kernel(normed().train(), X)
     for memory in (None, 2000):
         found = ntkbench.solve(normed().train(), X, Y[:5], ridge=1.0, rtol=1e-9, memory=memory)
@@ -288,7 +288,7 @@ def test_a_batch_of_one_sample_does_not_hide_that_samples_interact(given):
         np.testing.assert_allclose(found.values.reshape(-1), expected, rtol=1e-6, atol=1e-9)
 
 
-def test_one_sample_of_a_function_in_jax():
+def test_one_sample_of_a_function_in_jax_does_not_hide_that_samples_interact():
     jnp = pytest.importorskip("jax.numpy")
 
     def scaled(params, x):

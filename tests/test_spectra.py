@@ -62,7 +62,7 @@ def test_traces_are_unbiased(name, spectrum):
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_one_sided_variance_is_that_of_the_formula(spectrum):
-    """2 (||Theta||_F^2 - sum of its squared diagonal) / k, which standard errors know."""
+    """2 (||Theta||_F^2 - sum of its squared diagonal) / k, which the standard errors estimate."""
     j = Transforms(SPECTRA[spectrum](np.arange(1, N + 1)))
     theta = j.ntk(j.basis(0, N))
     formula = 2 * ((theta**2).sum() - (theta.diagonal() ** 2).sum()) / 24

@@ -1,4 +1,4 @@
-"""Metrics of the whole kernel in the grid: by exact and approximate kernels."""
+"""Metrics of the whole kernel in the grid, by exact and approximate kernels."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def estimates(method, problem, only=None, **more):
     return {metric: method.estimate(prepared, metric) for metric in SPECTRAL if only in (None, metric)}
 
 
-def test_exact_values_are_those_of_the_written_out_kernel():
+def test_exact_values_match_the_explicit_kernel():
     problem = testing.smooth_problem()
     truth, found = by_definition(kernel(problem)), estimates(methods.get("structured_derivatives"), problem)
     for metric, estimate in found.items():
@@ -74,7 +74,7 @@ def test_exact_values_are_those_of_the_written_out_kernel():
 
 
 @pytest.mark.parametrize("name", [name for name in methods.names() if name.startswith("nt_")])
-def test_the_programs_of_neural_tangents_give_them_too(name):
+def test_neural_tangents_methods_give_spectral_metrics(name):
     problem = testing.smooth_problem()
     truth = by_definition(kernel(problem))
     for dtype in ("float64", "float32"):
@@ -85,7 +85,7 @@ def test_the_programs_of_neural_tangents_give_them_too(name):
 
 
 @pytest.mark.parametrize("n", [30, 300])
-def test_intervals_hold_the_entropy_of_a_kernel_of_rank_one(n):
+def test_intervals_cover_the_entropy_of_a_kernel_of_rank_one(n):
     x = torch.randn(n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     problem = ntkbench.from_module(torch.nn.Linear(1, 1, bias=False).double(), x)
     for dtype in ("float64", "float32"):
@@ -94,9 +94,9 @@ def test_intervals_hold_the_entropy_of_a_kernel_of_rank_one(n):
         assert low <= 1 <= high
 
 
-def test_the_kernel_of_means_may_have_more_rows_than_there_are_parameters():
+def test_the_trace_kernel_may_have_more_rows_than_there_are_parameters():
     class Waves(torch.nn.Module):
-        """Three functions of one affine map, so that the gradients of two samples span three planes each."""
+        """Three functions of one affine map, so that the trace kernel is a sum of three kernels of rank two."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -139,7 +139,7 @@ def test_a_condition_number_that_is_not_known_is_refused():
         metrics.of_eigenvalues("entropy_effective_rank", np.zeros(3))
 
 
-def test_references_are_exact_and_kept(monkeypatch):
+def test_references_are_exact_and_cached(monkeypatch):
     problem = testing.smooth_problem("for_references", N=5)
     truth = by_definition(kernel(problem))
     truth[REGRESSION] = ridge_regression(kernel(problem), outputs(problem, "theta_f") - outputs(problem, "theta_0"))
@@ -151,7 +151,7 @@ def test_references_are_exact_and_kept(monkeypatch):
         reference.of_kernel(problem)
 
 
-def test_the_grid_has_cells_of_them_by_name_alone():
+def test_the_grid_has_kernel_metrics_only_where_they_are_named():
     block = {"problems": ["digits_mlp[N=4]"], "methods": "all", "passes": [8], "metrics": list(OF_KERNEL)}
     config = Config.model_validate({"profile": "x", "threads": 1, "grid": [block]})
     made = cells.cells(config)
@@ -185,7 +185,7 @@ def test_products_give_the_largest_eigenvalue_to_within_their_residual(backend):
 
 
 @pytest.mark.parametrize("passes", [32, 64, 640])
-def test_intervals_of_the_entropy_effective_rank_by_products_contain_it(passes):
+def test_intervals_of_the_entropy_effective_rank_by_products_cover_it(passes):
     problem, method = decaying(), methods.get("block_lanczos")
     truth = by_definition(kernel(problem))["entropy_effective_rank"]
     prepared = method.prepare(problem, TARGET)
@@ -223,7 +223,7 @@ def test_estimates_and_rows_say_which_kernel_they_are_of():
     assert "trace of pNTK ⊗ I_O" in repr(several) and "trace of pNTK ⊗ I_O" in several._repr_html_()
 
 
-def test_other_methods_refuse_them():
+def test_other_methods_refuse_spectral_metrics():
     problem = problems.load("digits_mlp[N=4]")
     assert "gives trace" in methods.get("xtrace").unsupported_reason(problem, SPECTRAL[0], TARGET, 8)
     with pytest.raises(BadInput, match="unknown metric"):
@@ -232,7 +232,7 @@ def test_other_methods_refuse_them():
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", ["structured_derivatives", "nt_structured_derivatives", "nt_jacobian_contraction"])
-def test_the_regression_error_is_that_of_the_written_out_kernel(name, dtype):
+def test_the_regression_error_matches_the_explicit_kernel(name, dtype):
     problem, method = testing.smooth_problem("regressed", N=5), methods.get(name)
     change = outputs(problem, "theta_f") - outputs(problem, "theta_0")
     truth = ridge_regression(kernel(problem), change)

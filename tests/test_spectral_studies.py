@@ -1,4 +1,4 @@
-"""The studies of spectra, solutions and effective ranks: what they measure is what numpy says, and figures say it."""
+"""The studies of spectra, solutions and effective ranks, against numpy, and their figures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def theta_of(problem):
     return J @ J.T
 
 
-# --- what they share
+# --- shared parts
 
 
 def test_theta_and_products_are_those_of_the_jacobian():
@@ -114,7 +114,7 @@ def test_rivals_are_right_where_they_have_enough_passes():
         spectra.Matfree(dataclasses.replace(problem, jax_forward=None), "float64", 20)
 
 
-def test_the_figure_of_spectra_says_what_it_shows(spectral, tmp_path):
+def test_the_figure_of_spectra_states_its_result(spectral, tmp_path):
     figures.draw("spectra", spectral, tmp_path)
     said = (tmp_path / "spectra.txt").read_text()
     rows = spectral[(spectral["method"] == "spectrum") & (spectral["passes"] == 128)].set_index("quantity")
@@ -172,7 +172,7 @@ def test_what_does_not_converge_is_a_row_with_its_reason():
     assert table.loc["scipy", "residual"] > 1e-8, "SciPy's solution is measured as it is"
 
 
-def test_the_figure_of_solutions_says_who_wins(solved, tmp_path):
+def test_the_figure_of_solutions_names_the_fastest(solved, tmp_path):
     testing.check_figure("solves", solved)
     seconds = {"cholesky": 1.0, "nystrom": 0.5, "plain": 2.0, "scipy": 4.0}
     slow = solved.assign(seconds=solved["method"].map(seconds))
@@ -223,7 +223,7 @@ def normalised(**statistics):
     return Problem("normalised", module, torch.randn(6, 4).numpy() + 2, weights, fixed_0=statistics)
 
 
-def test_statistics_are_those_that_are_asked_for():
+def test_statistics_are_the_requested_ones():
     given = {"norm.running_mean": np.full(5, 0.5, np.float32), "norm.running_var": np.full(5, 2.0, np.float32)}
     problem = normalised(**given)
     x = torch.from_numpy(problem.x)
@@ -260,7 +260,7 @@ def ranks():
     return measured("effective_ranks", problems=["resnet18[N=4,O=3,width=2]", "digits_mlp[N=4]"])
 
 
-def test_the_study_of_effective_ranks_says_of_which_kernel(ranks):
+def test_the_study_of_effective_ranks_names_the_kernel(ranks):
     reasons = ranks.groupby("problem")["reason"].unique()
     assert set(reasons["digits_mlp[N=4]"]) == {"digits_mlp[N=4] has no BatchNorm with statistics"}
     good = ranks[ranks["status"] == "ok"].set_index(["weights", "statistics", "kernel"])
@@ -272,7 +272,7 @@ def test_the_study_of_effective_ranks_says_of_which_kernel(ranks):
         assert rows[case, "calibrated", "theta"] != pytest.approx(rows[case, "uncalibrated", "theta"], rel=0.1)
 
 
-def test_the_figure_of_effective_ranks_says_what_it_shows(ranks, tmp_path):
+def test_the_figure_of_effective_ranks_states_its_result(ranks, tmp_path):
     figures.draw("effective_ranks", ranks, tmp_path)
     good = ranks[ranks["status"] == "ok"]
     said = (tmp_path / "effective_ranks.txt").read_text()

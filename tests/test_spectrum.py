@@ -20,7 +20,7 @@ from ntkbench.estimators import lanczos, spectrum
 
 MANY = torch.randn(20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 LITTLE = 2 * 8 * 60**2
-"""Bytes that the decomposition of Theta [60, 60] does not fit in, and half of the whole Krylov space."""
+"""Bytes that hold half of the whole Krylov space, but not the decomposition of Theta [60, 60]."""
 
 
 def entropy_rank(values: np.ndarray) -> float:
@@ -33,7 +33,7 @@ def wide(dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 
 def check(found: spectrum.Spectrum, exact: np.ndarray, top: int) -> None:
-    """What a spectrum says of the ends of the spectrum and of eigenvectors holds for the exact matrix."""
+    """Check the bounds on the ends of the spectrum and on eigenvectors against the exact matrix."""
     values, columns = np.linalg.eigh(exact)
     values, columns = values[::-1], columns[:, ::-1]
     assert found.values.shape == found.errors.shape == (top,) and found.vectors.shape == (top, len(exact))
@@ -51,7 +51,7 @@ def check(found: spectrum.Spectrum, exact: np.ndarray, top: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("memory", [None, LITTLE])
-def test_spectrum_of_a_network(dtype, memory):
+def test_the_spectrum_of_a_network_matches_numpy(dtype, memory):
     exact = theta(wide(), MANY).numpy()
     found = ntkbench.spectrum(wide(), MANY, 4, rtol=1e-4, dtype=dtype, memory=memory)
     check(found, exact, 4)
@@ -176,7 +176,7 @@ def test_products_do_not_bound_the_determinant_without_a_ridge():
 
 
 class Scaled(nn.Module):
-    """A network with its outputs multiplied."""
+    """A network with scaled outputs."""
 
     def __init__(self, scale: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -215,14 +215,14 @@ def test_what_float32_cannot_hold_is_refused(scale, memory):
 
 
 @pytest.mark.parametrize("memory", [None, 2000])
-def test_samples_that_interact(memory):
+def test_interacting_samples_have_a_spectrum(memory):
     found = ntkbench.spectrum(normed().train(), X, 3, rtol=1e-6, memory=memory)
     assert found.method == ("eigh" if memory is None else "block_lanczos")
     check(found, theta(normed().train(), X).numpy(), 3)
 
 
-def test_eigenvalues_of_zero_are_no_remark():
-    """Rank 5 of 20, and 10 eigenvalues are wanted: their residuals are rounding, and so are they."""
+def test_eigenvalues_of_zero_are_not_noted():
+    """10 eigenvalues of a matrix of rank 5: the last ones are rounding, as are their residuals."""
     model = nn.Linear(4, 1).double()
     found = ntkbench.spectrum(model, MANY, 10, memory=4000)
     assert found.method == "block_lanczos" and found.notes == ()
@@ -259,7 +259,7 @@ def test_fewer_parameters_than_outputs_make_theta_singular():
 
 
 @pytest.mark.parametrize("memory", [None, 2000])
-def test_a_kernel_of_zero_and_a_kernel_of_one(memory):
+def test_kernels_of_zero_and_of_one_output_have_a_spectrum(memory):
     zero = nn.Linear(4, 2, bias=False).double()
     found = ntkbench.spectrum(zero, torch.zeros(10, 4, dtype=torch.float64), 2, memory=memory)
     assert not found.values.any() and math.isnan(found.condition_number)
@@ -270,7 +270,7 @@ def test_a_kernel_of_zero_and_a_kernel_of_one(memory):
     assert memory is not None or one.condition_number == pytest.approx(1)
 
 
-def test_what_a_spectrum_prints_and_its_groups():
+def test_a_spectrum_prints_its_values_and_has_groups():
     said = repr(ntkbench.spectrum(net(), X)).splitlines()
     assert said[0].startswith("spectrum of Theta, 15 x 15 (eigh, 5 passes), certified to ")
     assert [line[2:26].strip() for line in said[1:]] == [

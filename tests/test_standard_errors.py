@@ -46,7 +46,7 @@ def test_jackknife_of_a_square_root_is_the_delta_method_for_many_probes():
     assert error == pytest.approx(standard_errors.mean(samples)[1] / (2 * math.sqrt(samples.mean())), rel=1e-3)
 
 
-def test_one_probe_says_nothing_about_its_error():
+def test_one_probe_has_no_standard_error():
     one = np.array([3.0])
     for value, error, degrees in (standard_errors.mean(one), standard_errors.jackknife(lambda mean: mean, one)):
         assert value == 3.0
@@ -70,7 +70,7 @@ def test_gather_brings_blocks_of_any_backend_to_float64_on_the_host():
         np.testing.assert_array_equal(column, [1.5, 2.5, 3.5])
 
 
-def test_a_variance_has_as_many_degrees_as_its_scatter_over_samples_tells():
+def test_degrees_of_freedom_of_a_variance_follow_from_its_scatter_over_samples():
     """A variance with d degrees of freedom has the relative variance 2 / d: normal, Laplace (excess 3), uniform."""
     draw, k = np.random.default_rng(0), 400
     for values, excess in (
@@ -167,7 +167,7 @@ def test_below_four_probes_the_variance_is_bounded_from_above(N, K):
 
 
 @pytest.mark.parametrize(("N", "K", "pairs"), [(1, 2, 1), (1, 3, 3)])
-def test_pairs_of_one_stratum_are_the_degrees_of_freedom(N, K, pairs):
+def test_one_stratum_has_one_degree_of_freedom_less_than_pairs(N, K, pairs):
     """Two probes give one pair: an alignment from it is 1 or -1 whatever the kernels are, and its error is unknown."""
     found, _ = all_outcomes(N, K, np.random.default_rng(0))
     assert {each.degrees for each in found} == {pairs - 1}
@@ -182,8 +182,8 @@ def test_pairs_of_one_stratum_are_the_degrees_of_freedom(N, K, pairs):
 
 
 @pytest.mark.parametrize(("N", "K", "outputs"), [(3, 6, 2), (6, 5, 10), (12, 3, 4)])
-def test_no_kernel_gives_the_norm_to_a_given_error_with_fewer_probes_than_one_of_identical_blocks(N, K, outputs):
-    """The blocks of the first kernel are I, and it needs as many as the formula says; those of the second differ."""
+def test_least_probes_for_the_norm_are_those_of_a_kernel_of_identity_blocks(N, K, outputs):
+    """The first kernel has blocks I and needs as many as the formula says; the second has other blocks."""
     rng, off = np.random.default_rng(K), ~np.eye(N, dtype=bool)
     probes = rng.choice([-1.0, 1.0], (20_000, N, K, outputs))
     random = rng.standard_normal((outputs, outputs))
@@ -238,7 +238,7 @@ def test_groups_are_pooled_by_their_numbers_of_probes():
     assert pooled.degrees == 6
 
 
-def test_negative_estimates_of_variance_do_not_count_below_half_of_the_pairs():
+def test_variances_are_at_least_half_of_the_part_due_to_pairs():
     def error(single: float, double: float, bound: float) -> float:
         parts = (np.array([[part]]) for part in (single, double, bound))
         return standard_errors.MomentEstimates(np.zeros(1), *parts, 1).standard_error(np.array([2.0]))

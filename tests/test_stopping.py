@@ -1,4 +1,4 @@
-"""Stopping at a tolerance: what intervals still cover, how often the error is looked at, and what it costs."""
+"""Stopping at a tolerance: coverage of the intervals, number of looks at the error, and cost."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ def test_intervals_keep_their_coverage_where_drawing_stops_at_a_tolerance(law, l
 
 
 def test_a_run_that_is_given_up_for_exact_values_gives_no_estimate():
-    """Its error did not decide, even if it is within the tolerance by chance."""
+    """Its error was not what ended it, even if it is within the tolerance by chance."""
     for seed in range(20):
         with pytest.raises(ExactIsCheaper) as stopped:
             Drawn(LAWS["normal"], 0.05, 1).estimates(None, ("trace",), 1000, seed, RTOL, stopping=Stopping(20, 20))
         assert stopped.value.passes == 4
 
 
-def test_numbers_of_probes_are_few_different_ones():
+def test_probes_are_drawn_in_few_different_numbers():
     """A network is traced again for each of them."""
     drawn: set[int] = set()
     for seed in range(200):
@@ -141,7 +141,7 @@ def test_a_run_is_given_up_where_it_would_take_half_of_the_exact_values_passes(p
 
 
 @pytest.mark.parametrize(("N", "least", "of_groups"), [(1, 91, 91), (4, 24, 24), (45, 3, 5), (1000, 2, 5)])
-def test_few_samples_are_not_decided_by_few_probes(N, least, of_groups):
+def test_few_samples_need_many_probes_to_decide(N, least, of_groups):
     """Each sample, or each group of samples, has the degrees of freedom of its own probes."""
     problem = ntkbench.from_module(torch.nn.Linear(2, 3), torch.zeros(N, 2))
     for name in ("structured_block_u_statistics", "per_sample_trace", "block_u_statistics", "group_u_statistics"):
@@ -153,7 +153,7 @@ def test_few_samples_are_not_decided_by_few_probes(N, least, of_groups):
 
 
 def test_a_run_that_stops_after_few_probes_states_the_upper_limit_of_its_error():
-    """It stops there because its error looks small, so that the error as it is covers far less than it says."""
+    """It stops there because its error looks small, so the error itself covers far less often than stated."""
     found, _ = stopped("normal", 0.015)
     early = [each for each in found if each.passes == 4]
     assert 0.3 * SEEDS < len(early) < 0.9 * SEEDS
@@ -170,7 +170,7 @@ def test_a_run_that_stops_after_few_probes_states_the_upper_limit_of_its_error()
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("needed", [100, 400])
 def test_passes_are_about_those_of_a_fixed_budget(law, needed):
-    """The error is that of a fixed budget of as many passes, and these are at most half as many more than needed."""
+    """The error is that of a fixed budget of as many passes, which exceed those needed by at most half."""
     found, method = stopped(law, needed)
     passes = np.mean([e.passes for e in found])
     assert passes <= 1.5 * needed

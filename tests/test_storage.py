@@ -110,7 +110,7 @@ def test_a_renamed_or_reshaped_array_is_noticed(tmp_path, renamed):
 
 @pytest.mark.parametrize("suffix", CONTENT)
 @pytest.mark.parametrize("step", ["pathlib.Path.mkdir", "pathlib.Path.write_bytes", "os.replace"])
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch, suffix, step):
+def test_a_full_disk_is_reported_in_one_line_and_leaves_the_old_file(tmp_path, monkeypatch, suffix, step):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -1,4 +1,4 @@
-"""The trace over the batches of a loader: it is that of all samples, and batches are dropped."""
+"""The trace over the batches of a loader is that of all samples, and batches are dropped after use."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_trace_is_that_of_all_samples(kind):
     assert found.passes == pytest.approx(joined.passes)
 
 
-def test_groups_of_parameters():
+def test_groups_of_parameters_have_the_traces_of_all_samples():
     groups = {"first": "0.*", "last": "2.*"}
     found = ntkbench.trace(network(), DataLoader(X, batch_size=40), parameters=groups)
     joined = ntkbench.trace(network(), X, parameters=groups)
@@ -72,7 +72,7 @@ def test_groups_of_parameters():
 
 
 def less_the_mean() -> nn.Module:
-    """Its samples interact, and one sample alone is none the wiser."""
+    """Its samples interact, which one sample alone does not show."""
 
     class LessTheMean(nn.Module):
         def forward(self, x):
@@ -119,7 +119,7 @@ def test_degrees_of_freedom_are_those_of_welch_and_satterthwaite():
 
 @pytest.mark.parametrize("degrees", [0, 3, np.inf])
 @pytest.mark.parametrize("error", [0.0, 0.3, None])
-def test_an_error_that_is_not_known_leaves_that_of_the_sum_unknown(error, degrees):
+def test_an_unknown_error_makes_that_of_the_sum_unknown(error, degrees):
     unknown = Estimate(1.0, float("nan"), 4, "a", metric="trace", degrees=degrees)
     known = Estimate(2.0, error, 4, "a", metric="trace", degrees=9)
     for parts in ([unknown, known], [known, unknown], [unknown, unknown]):
@@ -133,7 +133,7 @@ STOCHASTIC = [name for name in methods.names() if methods.get(name).takes_passes
 
 
 @pytest.mark.parametrize("method", [name for name in STOCHASTIC if "trace" in methods.get(name).metrics])
-def test_a_last_part_of_one_sample_with_one_output(method):
+def test_a_last_batch_of_one_sample_with_one_output_has_an_error(method):
     """Most methods draw no more probes than there are outputs, and one probe shows no scatter."""
     loader = DataLoader(X[:65], batch_size=64)
     try:
@@ -152,7 +152,7 @@ def test_a_tolerance_holds_for_the_sum():
 
 
 class Watched(Dataset):
-    """Batches that know which of them are still there."""
+    """Batches that count how many of them are still alive."""
 
     def __init__(self):
         self.made: list[weakref.ref] = []
@@ -197,7 +197,7 @@ def test_random_generators_are_not_set_back_after_a_failure(metric):
 
 
 @pytest.mark.parametrize("layer", [nn.GRU, nn.LSTM, nn.RNN])
-def test_recurrent_layers(layer):
+def test_recurrent_layers_are_supported(layer):
     model, x = seeded(lambda: layer(INPUTS, 3, batch_first=True)), torch.randn(90, 4, INPUTS)
     found = ntkbench.trace(model, DataLoader(x, batch_size=30))
     assert found.value == pytest.approx(ntkbench.trace(model, x).value, rel=1e-5)

@@ -35,7 +35,7 @@ LAYERS = (
 """Layers of packages and top-level modules, from below: each imports from its own layer and from those before it."""
 
 UPWARD: set[tuple[str, str]] = set()
-"""Known violations, to be mended; what is mended must go from here."""
+"""Known violations, to be fixed; a fixed one must be removed from here."""
 
 
 def short(module: str) -> str:
@@ -154,7 +154,7 @@ HANDLED = {
 """Uses that no ``hasattr`` guards, and why they need none."""
 
 
-def test_what_only_some_systems_have_is_guarded():
+def test_names_that_only_some_systems_have_are_guarded():
     """By ``hasattr`` in the same file; a system that has the name may still refuse the call."""
     either = lambda name: name.replace("sched_get", "sched_set")  # noqa: E731 - systems have both or neither
     used = set()

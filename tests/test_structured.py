@@ -45,7 +45,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = ODD) -> bool:
 
 
 def holds(model: nn.Module, x: torch.Tensor, memory: int = 2**30, tuning: Tuning | None = None) -> LayerwiseKernel:
-    """Check kernel, rectangle, diagonal and trace kernel against J; the engine, to look into."""
+    """Check kernel, rectangle, diagonal and trace kernel against J; returns the engine."""
     model, x = model.double(), double(x)
     J = jacobian(model, x)
     theta, N = J @ J.T, len(x)
@@ -63,7 +63,7 @@ def holds(model: nn.Module, x: torch.Tensor, memory: int = 2**30, tuning: Tuning
 
 
 class Call(nn.Module):
-    """A layer called in some other way than on x alone."""
+    """A layer that is not called on x alone."""
 
     def __init__(self, layer: nn.Module, call):
         super().__init__()
@@ -75,7 +75,7 @@ class Call(nn.Module):
 
 
 class Bare(nn.Module):
-    """Parameters of these shapes, and what is done with them."""
+    """Parameters of given shapes, used by a given function."""
 
     def __init__(self, call, *shapes):
         super().__init__()
@@ -211,7 +211,7 @@ def test_every_kind_of_layer_against_explicit_jacobians(kind):
 
 
 @pytest.mark.parametrize("padding", [None, 2])
-def test_embeddings(padding):
+def test_embeddings_have_no_fallbacks(padding):
     torch.manual_seed(0)
     model = Call(nn.Embedding(6, 4, padding_idx=padding), lambda e, x: torch.tanh(e(x)).sum(1))
     assert not holds(model, torch.randint(0, 6, (5, 7))).fallbacks()
@@ -268,7 +268,7 @@ def test_linear_networks_of_all_shapes_in_any_memory(sizes, N, positions, bias, 
 @settings(max_examples=15)
 @given(memory=st.integers(1, 300_000))
 @pytest.mark.slow
-def test_the_memory_changes_nothing_but_the_blocks(memory):
+def test_kernels_do_not_depend_on_the_memory(memory):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4))
     holds(model, torch.randn(5, 1, 6, 6), memory)
@@ -424,7 +424,7 @@ def test_a_tied_weight_is_the_sum_of_both_its_uses(N, K, C, D, S, table, symmetr
 
 
 class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that is made, views of what was there before aside."""
+    """Bytes of the largest tensor that is made, apart from views of earlier tensors."""
 
     def __init__(self, before: list[torch.Tensor]) -> None:
         super().__init__()
@@ -450,7 +450,7 @@ def test_cross_terms_of_tied_weights_stay_within_the_memory(table, sums):
     assert largest.nbytes <= memory < S * S * K * 8
 
 
-def test_the_cheaper_order_is_taken_by_counting():
+def test_the_cheaper_order_of_summation_is_chosen():
     cheaper = functools.partial(contraction.pairwise_is_cheaper, symmetric=True, tuning=Tuning())
     many_channels, many_positions = factors(4, 2, 1, 64, 64, 2), factors(4, 2, 1, 2, 2, 64)
     depthwise = factors(4, 2, 64, 1, 9, 4)
@@ -495,7 +495,7 @@ def test_the_last_layer_of_a_linear_readout_is_the_kernel_of_its_features(networ
     assert close(ntkbench.ntk(model, x, kernel="last_layer"), features @ features.T + 1)
 
 
-def test_pythagoras_of_the_trace_kernel(network):
+def test_the_trace_kernel_is_the_nearest_kernel_between_samples(network):
     """||pNTK ⊗ I - Theta||^2 = ||T ⊗ I - Theta||^2 + O ||pNTK - T||^2; lambda_max(pNTK) <= lambda_max(Theta)."""
     model, x, _ = network
     theta, pntk, T = (ntkbench.ntk(model, x, kernel=k) for k in ("full", "sum_of_logits", "trace"))
@@ -519,7 +519,7 @@ def test_linear_models_duplicates_and_permutations():
     assert close(both[1], both[0][order][:, :, order], 1e-14)
 
 
-def test_frozen_parameters_do_not_count(network):
+def test_frozen_parameters_do_not_contribute(network):
     model, x, J = network
     model[0].weight.requires_grad_(False)
     try:
@@ -539,7 +539,7 @@ def test_single_precision_is_close_and_torch_is_left_as_it_was(network):
 
 
 @pytest.mark.parametrize("memory", [2**18, 2**20])
-def test_unit_vectors_of_many_outputs_are_never_all_made(monkeypatch, memory):
+def test_unit_vectors_of_many_outputs_are_never_made_all_at_once(monkeypatch, memory):
     """O x O numbers would be 68 GB for a vocabulary of 4,096 at 32 positions."""
     made, empty, zeros = [], torch.Tensor.new_empty, torch.Tensor.new_zeros
 
@@ -559,8 +559,8 @@ def test_unit_vectors_of_many_outputs_are_never_all_made(monkeypatch, memory):
     assert made and max(4 * size.numel() for size in made) <= memory
 
 
-def test_what_is_held_is_never_the_jacobian():
-    """Ten layers as wide as they are hold little more than one, and less than the Jacobian of one."""
+def test_the_jacobian_is_never_held():
+    """Ten wide layers hold little more than one, and less than the Jacobian of one."""
     peaks = {}
     for depth in (1, 10):
         torch.manual_seed(0)
@@ -600,7 +600,7 @@ def test_bad_input_is_named(says, call):
         call()
 
 
-def test_auto_does_without_a_graph_where_there_is_none():
+def test_auto_works_where_a_network_cannot_be_traced():
     torch.manual_seed(0)
     net = Branch(4, 2).double()
     x = X.double()
@@ -617,13 +617,13 @@ def test_auto_does_without_a_graph_where_there_is_none():
     torch.testing.assert_close(ntkbench.ntk(net, x, x[:2], memory=2000), theta[:, :4], rtol=1e-10, atol=1e-12)
 
 
-def test_fallbacks_are_in_the_record(caplog):
+def test_fallbacks_are_noted_and_logged(caplog):
     torch.manual_seed(0)
     model = Call(nn.Linear(8, 6, bias=False), lambda f, x: torch.cat([x, x.sin()], 1) @ (f.weight**3).T)
     (note,) = ntkbench.norm(model, X).notes
     assert note == "layer.weight written out: no rule for its use in aten.pow.Tensor_Scalar"
     kernel = ntkbench.Kernel(model, X)
-    kernel.ntk()  # a small Jacobian is written out at its first use
+    kernel.ntk()  # at its first use, from an explicit J
     assert "are written out" not in caplog.text
     kernel.ntk()
     assert "gradients of layer.weight are written out" in caplog.text

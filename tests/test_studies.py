@@ -1,4 +1,4 @@
-"""Studies: what they compute against dense kernels, what configurations may say, and the figures drawn from them."""
+"""Studies: their values against dense kernels, their configurations, and the figures drawn from them."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def ok(table: pd.DataFrame) -> pd.DataFrame:
 # --- what is measured
 
 
-def test_every_study_is_tried_here():
+def test_every_study_of_a_paper_has_a_tiny_size():
     assert {name for name in studies.names() if name.split("_")[0] in ("hazelden", "mohamadi", "novak")} == set(TINY)
 
 
 @pytest.mark.slow
-def test_estimates_have_their_errors_against_exact_values_and_the_script_s_samples(tables):
+def test_estimates_have_errors_against_exact_values_and_the_samples_of_the_script(tables):
     table = ok(tables["hazelden_trace"])
     exact = reference.exact(problems.load("mlp_hazelden[N=2]"))["trace"]
     estimates = table[table["m"].notna()]
@@ -162,7 +162,7 @@ def test_seeds_and_calls_are_those_of_the_settings(tables):
 
 
 @pytest.mark.slow
-def test_metrics_of_the_fourth_figure_are_squared_where_the_paper_s_are(tables):
+def test_references_of_the_fourth_figure_and_budgets_of_the_blog_are_those_stated(tables):
     table = ok(tables["hazelden_metrics"])
     assert set(table["metric"]) == {"norm", "alignment", "effective_rank"}
     row = table[(table["metric"] == "norm") & table["m"].notna()].iloc[0]
@@ -195,7 +195,7 @@ def test_kernels_read_off_theta_are_those_of_the_library(family):
     torch.testing.assert_close(full.reshape(9, 9), dense(network, x))
     for name, kernel in pntk.standing_in(full, pntk.features_and_outputs(network, x)[0], seed=3).items():
         if "resnet" in family and name != "sum_of_logits":
-            continue  # deep networks take seconds to trace, and the others are shown on shallow ones
+            continue  # deep networks take seconds to trace; shallow ones test the other kernels
         torch.testing.assert_close(kernel, ntkbench.ntk(network, x, kernel=name, seed=3, dtype="float64"))
         dense_difference = (torch.kron(kernel, torch.eye(3).double()) - full.reshape(9, 9)).norm() / full.norm()
         assert pntk.difference(full, kernel) == pytest.approx(float(dense_difference), rel=1e-10)
@@ -230,7 +230,7 @@ def test_off_diagonal_mass_of_a_known_kernel():
 
 
 @pytest.mark.slow
-def test_the_pntk_closes_in_on_theta_with_width(tables):
+def test_the_pntk_approaches_theta_with_width(tables):
     table = ok(tables["mohamadi_quality"]).query("step == 0")
     found = table.groupby(["kernel", "width"])["difference"].mean()
     for kernel in ("sum_of_logits", "single_logit", "random_vector", "trace"):
@@ -263,7 +263,7 @@ def test_theta_traced_once_is_that_of_other_weights_too(family):
 
 
 @pytest.mark.slow
-def test_networks_learn_and_only_those_that_are_to(tables):
+def test_only_the_networks_to_be_trained_are_trained(tables):
     table = ok(tables["mohamadi_quality"])
     steps = table.groupby("init")["step"].unique()
     assert (list(steps[0]), list(steps[1])) == ([0, 8, 60], [0])
@@ -321,21 +321,21 @@ def test_a_study_is_stale_if_its_images_change(cifar):
     assert after[0] == before[0] and after[1] != before[1]
 
 
-def test_kernel_regression_begins_with_the_network_as_it_is():
-    """With a kernel that says nothing of other images, regression leaves the network's outputs there alone."""
+def test_kernel_regression_starts_from_the_outputs_of_the_network():
+    """With the identity as kernel, regression does not change the network's outputs for other images."""
     f, y = torch.arange(6.0).reshape(3, 2).double(), torch.ones(2, 2).double()
     torch.testing.assert_close(pntk.predictions(torch.eye(3).double(), f, y, 2), f[2:])
 
 
 @pytest.mark.parametrize(("rate", "said"), [(1e30, "outputs are not finite"), (1e8, "the same for all images")])
-def test_a_network_that_diverges_is_a_row_that_says_so_and_its_beginning_stands(rate, said):
+def test_a_diverging_network_is_a_failed_row_and_its_earlier_rows_stand(rate, said):
     settings = mohamadi_quality.Settings(train=4, test=2, inits=1, steps=[0, 20, 30], rate=rate)
     table = pd.DataFrame(mohamadi_quality._rows(settings, "fc", 8)).drop_duplicates("step").set_index("step")
     assert list(table["status"]) == ["ok", "failed", "failed"]
     assert table.loc[[20, 30], "reason"].str.contains(f"training diverged: .*{said}").all()
 
 
-def test_a_network_without_kernels_says_so_at_every_step(monkeypatch):
+def test_a_network_without_kernels_has_the_reason_at_every_step(monkeypatch):
     def broken(*_):
         raise BadInput("cannot be traced")
 
@@ -345,7 +345,7 @@ def test_a_network_without_kernels_says_so_at_every_step(monkeypatch):
     assert table["reason"].str.contains("cannot be traced").all() and set(table.index) == {0, 2}
 
 
-def test_a_network_looked_at_late_is_the_one_that_was_looked_at_all_along():
+def test_looking_at_a_network_does_not_change_its_training():
     settings = mohamadi_quality.Settings(train=4, test=2, inits=1, steps=[0, 2, 5])
     course, late = (mohamadi_quality.Course(mohamadi_quality.Architecture(settings, "fc", 8), 0) for _ in range(2))
     assert [course.look(step) for step in settings.steps][-1] == late.look(5) != late.look(0)
@@ -377,12 +377,12 @@ def test_batch_norm_keeps_its_statistics_in_training_and_learns_its_scale():
 def test_weight_decay_under_cross_entropy_takes_the_pntk_to_the_last_layer(tables):
     ends = ok(tables["mohamadi_drift"]).query("kernel == 'sum_of_logits'").set_index(["loss", "step"])
     decayed, plain = (ends.loc[(loss, 200)] for loss in ("cross_entropy_decay", "cross_entropy"))
-    # 1^T V shrinks by 1 - rate * decay a step and is touched by nothing else.
+    # 1^T V shrinks by 1 - rate * decay per step, and nothing else changes it.
     assert decayed["sum_direction"] < 0.5 * ends.loc[("cross_entropy_decay", 0), "sum_direction"]
     assert decayed["pntk_to_last_layer"] < 0.5 * plain["pntk_to_last_layer"]
 
 
-def test_gradient_descent_on_cross_entropy_leaves_the_readouts_sum_alone():
+def test_gradient_descent_on_cross_entropy_does_not_change_the_sum_of_the_readout():
     network = initialisation.seeded(lambda: classifiers.network("fc", 8, 4), 0).double()
     before = network[-1].weight.sum(0).detach().clone()
     x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
@@ -420,7 +420,7 @@ def test_resnets_have_the_layers_of_their_name(depth):
 
 
 @pytest.mark.slow
-def test_operations_agree_with_what_the_papers_table_says(tables):
+def test_operations_agree_with_the_table_of_the_paper(tables):
     flops = ok(tables["novak_flops"]).set_index(["method", "O", "width"])["flops"]
     assert flops["nt_structured_derivatives", 4, 32] < flops["nt_jacobian_contraction", 4, 32]
     assert flops["nt_ntk_vector_products", 4, 32] > flops["nt_structured_derivatives", 4, 32]
@@ -435,7 +435,7 @@ def test_operations_agree_with_what_the_papers_table_says(tables):
 
 
 @pytest.mark.slow
-def test_programs_over_the_budget_are_rows_that_say_so(tables):
+def test_programs_over_the_memory_budget_are_rows_with_a_reason(tables):
     table = tables["novak_time"]
     lost = table[table["status"] == "out_of_memory"]
     assert len(lost) and lost["reason"].str.contains("over the budget").all()
@@ -443,7 +443,7 @@ def test_programs_over_the_budget_are_rows_that_say_so(tables):
     assert (table.loc[table["status"] == "ok", "memory_bytes"].dropna() >= 0).all()
 
 
-def test_programs_of_too_many_operations_are_rows_that_say_so_and_have_their_memory():
+def test_programs_of_too_many_operations_are_rows_with_a_reason_and_their_memory():
     from ntkbench.studies import novak_time
 
     sizes = TINY["novak_time"] | {"widths": [16], "others": [{"inputs": 5, "depth": 1, "width": 3, "outputs": 2}]}
@@ -459,7 +459,7 @@ def test_programs_of_too_many_operations_are_rows_that_say_so_and_have_their_mem
     assert (other.loc[jax, "memory_bytes"] > weights).all()
 
 
-def test_what_goes_further_in_memory_is_read_off_programs_that_were_not_run():
+def test_the_widest_network_in_memory_is_read_off_programs_that_were_not_run():
     rows = []
     for width in (16, 32, 64, 128):
         for method, power in (("nt_structured_derivatives", 1), ("nt_jacobian_contraction", 2)):
@@ -531,7 +531,7 @@ def test_operations_by_shapes_are_those_of_a_run(name, sizes):
     assert programs.engine_flops(network.module, network.x) == ran > 0
 
 
-def test_what_would_take_too_long_is_not_timed_and_says_so(monkeypatch):
+def test_programs_that_would_take_too_long_are_skipped_with_a_reason(monkeypatch):
     from ntkbench.studies import novak_images
     from ntkbench.studies.base import programs
 
@@ -559,7 +559,7 @@ def test_published_seconds_are_drawn_for_the_same_network_alone(tables, tmp_path
     known = figure.published(table.assign(**figure.SAME))
     assert set(known["N"]) == {1} and set(known["O"]) == {128, 1000}
     assert known.set_index(["method", "O"])["seconds"]["nt_structured_derivatives", 128] == 0.113
-    # With the notebook's outputs, seconds are judged and operations are said beside them.
+    # With the notebook's outputs, seconds are judged and operations are stated beside them.
     rows = table.assign(**figure.SAME, O=128.0)
     with base.style():
         made = figure.draw(base.checked_study(rows, figure.COLUMNS)).claims
@@ -685,7 +685,7 @@ def test_every_study_is_drawn_the_same_from_a_file_and_twice(tables, tmp_path):
 
 
 @pytest.mark.slow
-def test_studies_that_found_nothing_are_drawn_as_such(tables, tmp_path):
+def test_studies_without_values_are_drawn_as_nothing_to_show(tables, tmp_path):
     for name, study in of_studies():
         table = tables[study]
         numbers = [c for c in table.select_dtypes("number") if c not in PROVENANCE]
@@ -709,16 +709,16 @@ def test_published_values_are_committed_and_drawn():
     assert all(f"`{file.name}`" in text for file in paths.PUBLISHED.glob("*.csv"))
 
 
-def test_published_errors_know_their_samples():
-    """The first estimate of the script is its slowest, which must not move it."""
+def test_published_errors_have_their_samples():
+    """The first estimate of the script is its slowest, which must not change its place."""
     there = hazelden_trace_figure.published_errors("mlp", "large", "hutch++").set_index("m")
     assert list(there.index) == [60, 93, 145]
     assert (there.loc[60, "x"], there.loc[60, "y"]) == (0.06367, 0.0367)
 
 
 @pytest.mark.slow
-def test_published_ratios_say_of_how_many_outputs_they_are(tables):
-    """Ours are of other numbers of outputs, and a reader must not compare them."""
+def test_published_ratios_state_their_number_of_outputs(tables):
+    """Ours are for other numbers of outputs, and must not be compared with them."""
     assert 200 not in set(tables["mohamadi_cost"]["O"])
     drawing = mohamadi_cost_figure.draw(base.checked_study(tables["mohamadi_cost"], mohamadi_cost_figure.COLUMNS))
     there = sources.values("mohamadi_figure1_tiny_imagenet")
@@ -731,7 +731,7 @@ def test_published_ratios_say_of_how_many_outputs_they_are(tables):
 
 
 @pytest.mark.slow
-def test_the_figure_at_initialisation_knows_nothing_of_training(tables, tmp_path):
+def test_the_figure_at_initialisation_does_not_depend_on_later_steps(tables, tmp_path):
     table = tables["mohamadi_quality"]
     later = table["step"] > 0
     numbers = ["difference", "accuracy", "prediction_difference"]
@@ -761,7 +761,7 @@ def courses(*slopes_by_step, families=("fc",)):
 
 @pytest.mark.parametrize("power", [-0.4, 0.3, 0.0])
 def test_growth_along_training_is_that_of_the_table(power):
-    """The width 64 is where the power does not count, so that its error stays."""
+    """At width 64 the power has no effect, so that its error is constant."""
     with base.style():
         drawing = mohamadi_training_figure.draw(courses(-0.5, -0.5, power))
     title = drawing.figure.texts[0].get_text().replace("\n", " ")
@@ -771,7 +771,7 @@ def test_growth_along_training_is_that_of_the_table(power):
     assert grown >= 3
 
 
-def test_lines_along_training_are_one_a_width_and_darker_the_wider():
+def test_lines_along_training_are_one_per_width_and_darker_for_wider_networks():
     table = courses(-0.5, -0.3, -0.2)
     with base.style():
         drawing = mohamadi_training_figure.draw(table)
@@ -786,14 +786,14 @@ def test_lines_along_training_are_one_a_width_and_darker_the_wider():
     assert low < 0 and high > 100
 
 
-def test_where_nothing_was_trained_the_figure_says_so():
+def test_a_figure_without_trained_networks_says_so():
     table = courses(-0.5, -0.5, -0.5)
     with base.style():
         drawing = mohamadi_training_figure.draw(table[table["step"] == 0])
     assert "None was trained" in drawing.caption
 
 
-def test_slopes_have_their_interval():
+def test_intervals_of_slopes_cover():
     rng = np.random.default_rng(0)
     x = np.repeat([1.0, 2.0, 4.0, 8.0], 5)
     inside = 0

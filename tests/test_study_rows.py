@@ -1,4 +1,4 @@
-"""What studies share: rows that are kept whatever fails, set-ups that are made once, and calls that take turns."""
+"""Shared parts of studies: rows that are kept whatever fails, set-ups that are made once, calls that take turns."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def raising(error):
         (SystemExit(3), "failed", "SystemExit: 3"),
     ],
 )
-def test_what_fails_is_a_row_with_its_reason_and_without_counts(error, status, reason):
+def test_a_failure_is_a_row_with_its_reason_and_without_counts(error, status, reason):
     made = base.table([base.row({"m": 1}, raising(error)), base.row({"m": 2}, lambda: {"calls": 3})])
     assert made.loc[0, ["m", "status", "reason"]].tolist() == [1, status, reason]
     assert made.loc[0, ["seeds", "calls"]].isna().all()
@@ -52,7 +52,7 @@ def test_an_interrupt_is_not_a_row():
         base.row({}, raising(KeyboardInterrupt()))
 
 
-def test_a_case_that_cannot_be_encoded_is_printed_all_the_same(capsys):
+def test_a_case_that_cannot_be_encoded_is_printed_escaped(capsys):
     base.row({"title": "a\ud800\nb"}, dict)
     assert capsys.readouterr().out.encode("utf-8").startswith(b"a\\ud800: ok after")
 
@@ -125,7 +125,7 @@ def test_turns_are_kept_and_warm_up_only_where_they_are_measured(tmp_path):
     assert [bool(line.get("row")) for line in kept] == [False, True]
 
 
-def test_turns_that_were_ended_from_outside_are_a_reason_in_each_row(tmp_path):
+def test_turns_that_were_ended_from_outside_give_a_reason_in_each_row(tmp_path):
     """The runner writes the row of the turns in their place."""
     path, ended = tmp_path / "j", {"status": "timeout", "reason": "not done"}
     rows = [{"status": "ok", "seconds": 1.0} for _ in range(2)]
@@ -139,13 +139,13 @@ def test_turns_that_were_ended_from_outside_are_a_reason_in_each_row(tmp_path):
     assert rows == [ended] * 2
 
 
-def test_a_table_of_nothing_has_its_counts():
+def test_an_empty_table_has_columns_of_counts():
     assert list(base.table([])) == ["seeds", "calls"]
     assert base.table([{"seeds": 2}])["seeds"].dtype == pd.Int64Dtype()
 
 
-def test_a_row_has_its_own_limit_of_time_and_what_lies_between_rows_that_of_a_problem(tmp_path):
-    """Entries that are written at one moment are told apart as well."""
+def test_rows_have_their_time_limit_and_the_time_between_rows_that_of_a_problem(tmp_path):
+    """Even where entries are written at the same moment."""
     file, limits = tmp_path / "study.journal", Limits(time_s=5, problem_s=50)
     with Journal(file) as journal:
         clock = runner._Clock(psutil.Process(), file, limits)

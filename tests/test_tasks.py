@@ -64,7 +64,7 @@ def test_a_match_is_of_the_stimuli_that_were_shown(N, T, seed):
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
-def test_trials_are_seeded_and_fewer_are_a_cut_of_more(task):
+def test_trials_are_seeded_and_fewer_are_the_first_of_more(task):
     many, few, others = (tasks.trials(task, *args) for args in ((40, 15, 3), (4, 15, 3), (40, 15, 4)))
     for name in ("inputs", "targets", "mask"):
         np.testing.assert_array_equal(getattr(many, name)[:4], getattr(few, name))
@@ -84,13 +84,13 @@ def test_trials_are_seeded_and_fewer_are_a_cut_of_more(task):
         (("match_to_sample", 0, 9), "N of at least 1 .*; got N=0, T=9"),
     ],
 )
-def test_tasks_of_sizes_that_make_no_sense_are_refused(asked, says):
+def test_impossible_sizes_of_tasks_are_refused(asked, says):
     with pytest.raises(BadInput, match=says):
         tasks.trials(*asked)
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
-def test_the_loss_is_the_share_of_power_missed_where_it_counts(task):
+def test_the_loss_is_the_share_of_power_missed_within_the_mask(task):
     import torch
 
     trials = tasks.trials(task, 6, 10)

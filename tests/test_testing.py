@@ -183,7 +183,7 @@ def check(monkeypatch, cls: type[Method], name: str, run=testing.check_method, *
         (Undemanding, "gives no reason against"),
     ],
 )
-def test_a_method_that_breaks_a_promise_is_told_which(monkeypatch, cls, says):
+def test_a_method_that_breaks_its_contract_gets_the_reason(monkeypatch, cls, says):
     with pytest.raises(AssertionError, match=rf"^method 'mine', torch, trace: .*{says}"):
         check(monkeypatch, cls, "mine", testing.check_method, "torch", "trace")
 
@@ -201,7 +201,7 @@ def test_standard_errors_that_are_too_small_are_detected(monkeypatch):
         check(monkeypatch, Shifted, "mine", testing.check_calibration, "trace")
 
 
-def test_the_truth_is_from_plain_autograd(tiny):
+def test_the_explicit_jacobian_matches_derivatives_by_hand(tiny):
     J = written_out(tiny)
     assert J.shape == (tiny.n, tiny.P)
     x, w = tiny.x[0].astype(float), tiny.theta_0
@@ -224,7 +224,7 @@ def test_unknown_plug_ins_are_refused():
 
 
 def problem_with(monkeypatch, **changes):
-    """The check of a good small problem with something changed."""
+    """Check a good small problem with some changes."""
     good = dataclasses.replace(testing.smooth_problem("mine", N=4), samples_interact=False)
 
     def load(label):
@@ -258,12 +258,12 @@ def test_a_good_problem_passes(monkeypatch):
         ({"samples_interact": lambda p: True}, "samples_interact is True; it is False"),
     ],
 )
-def test_a_problem_that_breaks_a_promise_is_told_which(monkeypatch, changes, says):
+def test_a_problem_that_breaks_its_contract_gets_the_reason(monkeypatch, changes, says):
     with pytest.raises(AssertionError, match=f"^problem 'mine': .*({says})"):
         problem_with(monkeypatch, **changes)
 
 
-def test_a_problem_that_draws_from_the_users_randomness_is_told_so(monkeypatch):
+def test_a_problem_that_changes_the_random_state_gets_the_reason(monkeypatch):
     with pytest.raises(AssertionError, match="changes torch's random state"):
         problem_with(monkeypatch, recipe=lambda p: torch.rand(1) and "")
 
@@ -280,7 +280,7 @@ GOOD_ROWS = pd.DataFrame({"status": ["ok", "failed"], "reason": ["", "why"], "se
         (GOOD_ROWS.assign(reason=""), "gives no reason for 1 rows"),
     ],
 )
-def test_a_study_that_breaks_a_promise_is_told_which(monkeypatch, table, says):
+def test_a_study_that_breaks_its_contract_gets_the_reason(monkeypatch, table, says):
     monkeypatch.setattr(studies, "run", lambda name, settings: table)
     with pytest.raises(AssertionError, match=f"^study 'training': {says}"):
         testing.check_study("training", {})
@@ -303,7 +303,7 @@ def test_a_good_figure_passes():
         (lambda table, n: str(n), "gives another .png for the same table"),
     ],
 )
-def test_a_figure_that_breaks_a_promise_is_told_which(monkeypatch, draw, says):
+def test_a_figure_that_breaks_its_contract_gets_the_reason(monkeypatch, draw, says):
     calls = []
 
     def drawn(name, table, folder):
@@ -361,6 +361,6 @@ def test_a_good_rule_passes(monkeypatch):
         (scaling(), nn.Linear(5, 2), "is used for no weight of the network"),
     ],
 )
-def test_a_rule_that_breaks_a_promise_is_told_which(monkeypatch, given, network, says):
+def test_a_rule_that_breaks_its_contract_gets_the_reason(monkeypatch, given, network, says):
     with pytest.raises(AssertionError, match=f"^rule 'mine': .*({says})"):
         check_rule(monkeypatch, given, network)

@@ -23,7 +23,7 @@ LABEL = "mlp_hazelden[N=2]"
 SOME = {"hutchinson", "hutchpp", "one_sided_paper_reverse", "one_sided_reverse", "per_sample_trace", "xtrace"}
 SOME |= {"structured_block_u_statistics"}
 NAMES = [name for name in methods.names() if methods.get(name).kind != "stochastic" or name in SOME]
-"""Methods of all kinds; every budget in JAX is a program to compile."""
+"""Methods of all kinds, but few stochastic ones, since JAX compiles a program for each budget."""
 GIVEN = {"threads": 1, "device": "cpu", "seeds": 9, "looks": 5, "calls": 3}
 
 
@@ -82,7 +82,7 @@ def test_ratios_are_to_the_fastest_published_method_of_all_papers(table):
 
 
 def test_all_methods_are_published_but_those_that_this_suite_proposes():
-    """An implementation of a published method for the same products is not a method of this suite."""
+    """An implementation of a published method with the same products is not a method of this suite."""
     assert {name for name in methods.names() if methods.get(name).is_own} == {
         "block_u_statistics",
         "gram_forward",
@@ -168,7 +168,7 @@ def test_the_budget_is_the_smallest_that_is_enough(monkeypatch):
 
 
 @pytest.mark.parametrize(("power", "c"), [(0.5, 0.1), (1.0, 1.0)])
-def test_budgets_of_noisy_methods_are_right_and_their_bands_hold_the_truth(monkeypatch, power, c):
+def test_budgets_of_noisy_methods_are_right_and_their_bands_cover(monkeypatch, power, c):
     """The median budget of many searches is the true one; the first that is within the goal by luck would be less."""
     fake = Fake(monkeypatch, c, power, noise=True)
     found = [fake.entrant(0.01, seeds=51, looks=21).search() for _ in range(40)]
@@ -185,7 +185,7 @@ def test_a_budget_that_cannot_be_enough_is_given_up_before_all_seeds_are_drawn(m
     assert {count for passes, count in drawn.items() if 100 / passes > 0.5} == {1 + time_to_error.LOOK}
 
 
-def test_a_budget_is_not_given_up_because_of_chance():
+def test_a_budget_is_not_given_up_by_chance():
     entrant = Entrant(time_to_error.Settings(), Goal(problem=LABEL, metric="trace", error=0.5), None, "hutchinson")
     tried = Reruns(1.0, "float64")
     for value in [2.0] * 9 + [1.0] * 42:
@@ -201,7 +201,7 @@ def test_the_smallest_budget_of_all_may_be_more_than_enough(monkeypatch):
 
 @pytest.mark.parametrize("enough", [0.7, 1.05, 1.5])
 def test_budgets_near_the_smallest_of_all_have_a_law_that_reaches_the_goal(monkeypatch, enough):
-    """The budget that is enough, as a multiple of the smallest one: no row counts a budget that its errors exclude."""
+    """``enough`` is a multiple of the smallest budget: no row has a budget that its errors exclude."""
     least = methods.get("hutchinson").least_passes(problems.load(LABEL), "trace")
     fake = Fake(monkeypatch, 0.01 * enough * least, noise=True)
     found = [fake.entrant(0.01, seeds=51, looks=21).search() for _ in range(40)]
@@ -218,7 +218,7 @@ def test_limits_passes_is_for_deterministic_methods_and_most_passes_for_the_othe
         fake.entrant(0.5, most_passes=1).search()
 
 
-def test_a_budget_that_another_backend_found_is_confirmed_and_no_more(monkeypatch):
+def test_a_budget_that_another_backend_found_is_only_confirmed_if_it_is_enough(monkeypatch):
     band = {"passes_low": 150, "passes_high": 250, "law_seeds": 99}
     fake = Fake(monkeypatch, noise=True)
     found = fake.entrant(0.5, known=time_to_error.Known(200, band)).search()
@@ -268,14 +268,14 @@ def test_an_estimate_replaces_an_unavailable_exact_value():
     assert abs(found["reference"] / exact - 1) < 4 * found["reference_error"]
 
 
-def test_a_reference_that_is_not_precise_enough_is_a_reason_in_each_row(monkeypatch):
+def test_an_imprecise_reference_gives_a_reason_in_each_row(monkeypatch):
     monkeypatch.setattr(time_to_error, "REFERENCE_PASSES", 4)
     table = run({"problem": LABEL, "metric": "alignment", "error": 1e-4, "exact": False})
     tried = table[table["status"] != "skipped"]
     assert len(tried) > 5 and tried["reason"].str.contains(r"no reference for mlp_hazelden\[N=2\]: 4 passes did").all()
 
 
-def test_a_problem_that_does_not_train_is_a_reason_in_each_row(monkeypatch):
+def test_a_problem_that_does_not_train_gives_a_reason_in_each_row(monkeypatch):
     tried = []
 
     def load(label):
@@ -287,7 +287,7 @@ def test_a_problem_that_does_not_train_is_a_reason_in_each_row(monkeypatch):
     assert set(table["reason"]) == {"DidNotTrain: not there yet"} and len(table) > 20 and tried == [LABEL]
 
 
-def test_every_goal_can_be_asked_for_in_a_configuration():
+def test_every_default_goal_is_valid_in_a_configuration():
     given = [goal.model_dump() for goal in time_to_error.GOALS]
     assert studies.settings("time_to_error", {"goals": given}).goals == time_to_error.GOALS
 
@@ -366,8 +366,8 @@ def test_the_figure_names_the_fastest_of_each_kind():
     assert "15 calls each" in drawing.figure.texts[1].get_text()
 
 
-def test_the_figure_says_which_methods_are_tied_with_the_fastest():
-    """Ends of intervals that are not known bound nothing."""
+def test_the_figure_marks_ties_with_the_fastest_method():
+    """Unknown ends of intervals exclude nothing."""
     rows = figure_rows()
     xtrace = rows["method"] == "xtrace"
     assert not any("tied" in text.get_text() for text in drawn(rows).figure.axes[0].texts)
@@ -389,7 +389,7 @@ def test_the_rival_of_the_figure_is_the_fastest_published_method_whatever_its_bi
     assert "is 0.5 times as fast as the best published one" in drawing.title
 
 
-def test_the_figure_says_where_no_published_method_gets_there():
+def test_the_figure_says_where_no_published_method_reaches_the_goal():
     rows = figure_rows()
     drawing = drawn(rows[~rows["published"]])
     assert "No published method reaches 1 of the goals" in drawing.caption

@@ -9,7 +9,7 @@ import pytest
 from ntkbench.measure import timing
 
 
-def test_memory_that_a_process_held_freed_counts_for_the_call_that_takes_it_again():
+def test_freed_memory_counts_for_the_call_that_takes_it_again():
     size, count = 2**20, 64
 
     def take():
@@ -18,13 +18,13 @@ def test_memory_that_a_process_held_freed_counts_for_the_call_that_takes_it_agai
     large = b"x" * 2**24
     del large  # from now on the C library keeps what is smaller
     freed, still_held = take(), b"x" * size * 2
-    del freed  # it lies below what is still held
+    del freed  # its memory lies below what is still held
     peak = timing.peak_bytes(take)
     assert len(still_held) == 2 * size
     assert peak is None or 0.9 < peak / (size * count) < 2
 
 
-def test_threads_are_those_of_all_libraries_and_stay_so():
+def test_the_number_of_threads_holds_for_all_libraries_and_later_imports():
     code = """
 import json, numpy, threadpoolctl, torch
 from ntkbench.measure import timing

@@ -194,7 +194,7 @@ def test_operations_against_explicit_jacobians(name, x):
 
 
 def under(switch):
-    """An operation with part of it done while gradients are switched off."""
+    """An operation of which a part is computed with gradients switched off."""
 
     def operation(a, b):
         with switch():
@@ -284,7 +284,7 @@ SEEN = {
 
 
 @pytest.mark.parametrize("name", SEEN)
-def test_what_autograd_sees_is_what_is_traced(name, x):
+def test_traces_see_what_autograd_sees(name, x):
     holds(Two(SEEN[name]), x)
 
 
@@ -329,7 +329,7 @@ def residual(energy, x):
     ],
     ids=["autograd.grad", "func.grad", "func.hessian", "func.jvp"],
 )
-def test_gradients_inside_forward(derivative, x):
+def test_gradients_inside_forward_are_traced(derivative, x):
     holds(Energy(derivative), x)
 
 

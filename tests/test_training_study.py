@@ -1,4 +1,4 @@
-"""The NTK along training: what the same probes say of two operators, and the study and its figure on a tiny network."""
+"""The NTK along training: two operators compared by shared probes, and the study and its figure on a tiny network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROVENANCE |= {"machine": "a laptop"}
 
 
 def spectrum(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A positive semi-definite matrix, and one that training might have made of it: larger, a little turned."""
+    """A positive semi-definite matrix, and one as it may be after training: larger and slightly rotated."""
     rng = np.random.default_rng(seed)
     a = rng.standard_normal((n, n)) * np.arange(1, n + 1) ** -0.7
     b = 1.2 * a + 0.05 * rng.standard_normal((n, n))
@@ -39,7 +39,7 @@ def said(matrices, probes: int, seed: int) -> list[dict[str, paired.Comparison]]
 
 
 @pytest.mark.parametrize("quantity", METRICS)
-def test_ratios_of_common_probes_are_right_and_their_errors_honest(quantity):
+def test_ratios_of_shared_probes_are_right_with_calibrated_errors(quantity):
     matrices = spectrum(60, 0)
     first = {"alignment": matrices[:1]}.get(quantity, ())
     exact = [from_gram(*first, m).metric(quantity) for m in matrices]
@@ -57,7 +57,7 @@ def test_ratios_of_common_probes_are_right_and_their_errors_honest(quantity):
         assert np.mean(ratio_errors) < 0.3 * np.mean(apart) * exact[1] / exact[0], "nothing gained by common probes"
 
 
-def test_an_operator_is_as_it_was_without_error():
+def test_an_unchanged_operator_has_a_ratio_of_one_without_error():
     matrix, _ = spectrum(20, 1)
     for one in said((matrix, matrix), 10, 0)[1].values():
         assert one.ratio == pytest.approx(1, abs=1e-12)
@@ -86,7 +86,7 @@ def test_the_study_has_a_row_for_each_step_operator_and_quantity(table):
 
 
 def test_the_study_is_right_at_both_ends(table):
-    """Against Theta written out at the ends of training of the first network, by plain autodiff."""
+    """Against an explicit Theta at both ends of the training of the first network, by plain autodiff."""
     module = recurrent.initialised("rnn", tasks.channels(TINY["task"]), 8, gain=1.0, rank=8)
     course = training.course(
         module,
@@ -115,7 +115,7 @@ def test_the_study_is_right_at_both_ends(table):
             assert abs(row["value"] - truth) < 5 * row["standard_error"] + 1e-9
 
 
-def test_a_network_that_does_not_train_is_a_row_that_says_so():
+def test_a_network_that_does_not_train_is_a_failed_row():
     given = TINY | {"ranks": [8], "loss": 1e-9, "steps": 2}
     (row,) = studies.run("training", studies.settings("training", given)).to_dict("records")
     assert row["status"] == "failed"
@@ -158,7 +158,7 @@ def test_networks_that_cannot_be_made_or_trained_are_rows_and_the_others_are_mea
     assert set(table.loc[table["status"] == "ok", "init"]) == {"gain 1, full rank"}
 
 
-def test_the_figure_draws_what_the_study_found(table, tmp_path):
+def test_the_figure_shows_the_values_of_the_study(table, tmp_path):
     made = figures.draw("along_training", table, tmp_path)
     assert [path.suffix for path in made] == [".csv", ".txt", ".png", ".pdf"]
     plotted = pd.read_csv(made[0])

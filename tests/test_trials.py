@@ -26,7 +26,7 @@ def network() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
-def test_methods_are_measured_beside_each_other():
+def test_methods_are_measured_side_by_side():
     found = ntkbench.compare(network(), X, metric="norm", passes=12, calls=3)
     by_name = {one.method: one for one in found}
     exact = ntkbench.norm(network(), X).value

@@ -27,7 +27,7 @@ def test_seconds_have_two_digits_and_no_powers_of_ten(seconds, said):
     assert seconds_label(seconds) == said
 
 
-def test_one_thing_is_named_in_the_singular():
+def test_a_count_of_one_is_in_the_singular():
     assert [counted(count, "pass", "passes") for count in (0, 1, 1.0, 2, 0.5)] == [
         *("0 passes", "1 pass", "1 pass", "2 passes", "0.5 passes")
     ]

@@ -79,7 +79,7 @@ def test_a_method_is_right_about_hooks_or_refuses(method):
     assert found.covers(float(theta(module).trace()), "float64", 0.9999)
 
 
-def test_copies_keep_hooks_and_originals_do_not_get_more():
+def test_copies_keep_hooks_and_add_none_to_originals():
     module = hooked(LINEAR["scaled"])
     twice = copied(copied(module))
     assert len(twice[0].weight._backward_hooks) == len(module[0].weight._backward_hooks) == 1
@@ -136,7 +136,7 @@ def test_a_backward_pass_that_is_not_linear_is_taken_row_by_row(kind):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("naive_jacobian", "jacobian_contraction")])
 @pytest.mark.parametrize("kind", NONLINEAR)
-def test_what_combines_cotangents_refuses_a_backward_pass_that_is_not_linear(kind, method):
+def test_methods_that_combine_cotangents_are_right_or_refuse_a_nonlinear_backward_pass(kind, method):
     module = NONLINEAR[kind]()
     try:
         found = ntkbench.trace(module, X, method=method)
@@ -170,7 +170,7 @@ def test_low_precision_inside_is_no_reason_to_refuse():
 
 
 class Stale(nn.Module):
-    """Uses a product of its parameters that was taken when it was made."""
+    """Uses a product of its parameters that was computed when it was made."""
 
     def __init__(self, kept) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ class Stale(nn.Module):
     }.values(),
     ids=["an attribute", "a list", "a dict", "a buffer", "a view"],
 )
-def test_what_was_computed_from_parameters_before_is_refused(place, taken):
+def test_tensors_computed_from_parameters_before_the_call_are_refused(place, taken):
     class Module(Stale):
         def product(self):
             return taken(self)
@@ -203,7 +203,7 @@ def test_what_was_computed_from_parameters_before_is_refused(place, taken):
         ntkbench.trace(module, X.float())
 
 
-def test_what_is_recomputed_at_each_call_is_fine():
+def test_tensors_that_are_recomputed_at_each_call_are_accepted():
     class Cached(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -215,7 +215,7 @@ def test_what_is_recomputed_at_each_call_is_fine():
             return 2 * self.kept
 
     module = Cached()
-    module(X)  # leaves something that belongs to a graph
+    module(X)  # leaves a tensor that belongs to a graph
     torch.testing.assert_close(ntkbench.ntk(module, X), theta(module))
     old = nn.utils.weight_norm(nn.Linear(3, 2).double())  # its weight is such an attribute
     torch.testing.assert_close(ntkbench.ntk(old, X), theta(old))
@@ -294,7 +294,7 @@ def test_a_kernel_of_zero_is_zero_and_no_underflow():
         ntkbench.effective_rank(module, X.float())
 
 
-def test_transforms_of_torch_func_inside_forward():
+def test_transforms_of_torch_func_inside_forward_are_supported():
     class Derivative(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -360,7 +360,7 @@ LAYERS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.slow
-def test_recurrent_layers_that_are_not_as_torch_makes_them(kind):
+def test_modified_recurrent_layers_have_their_own_kernel(kind):
     torch.manual_seed(0)
     layer = LAYERS[kind]().double()
     N, T = 3, 4

@@ -127,7 +127,7 @@ def test_children_are_those_that_run():
     assert child.pid not in watchdog.children(os.getpid())
 
 
-def test_without_the_kernels_list_children_are_found_too(monkeypatch):
+def test_children_are_found_without_the_kernels_list(monkeypatch):
     child = hog(1, 20)
     monkeypatch.setattr(Path, "glob", lambda *pattern: iter(()))
     assert child.pid in watchdog.children(os.getpid())
@@ -158,7 +158,7 @@ WITHOUT = {
 
 
 @pytest.mark.parametrize("system", WITHOUT)
-def test_without_the_kernels_word_the_first_process_that_is_gone_is_found(system, monkeypatch):
+def test_the_first_process_that_is_gone_is_found_without_the_kernels_report(system, monkeypatch):
     WITHOUT[system](monkeypatch)
     monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.01)
     process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
@@ -170,8 +170,8 @@ def test_without_the_kernels_word_the_first_process_that_is_gone_is_found(system
 
 
 @pytest.mark.parametrize("system", WITHOUT)
-def test_without_the_kernels_word_a_guardian_ends_what_a_step_left(system, monkeypatch):
-    """The step is gone, and so is the run: in the second case the step itself is ended."""
+def test_a_guardian_ends_what_a_step_left_without_the_kernels_report(system, monkeypatch):
+    """The step is gone, or the run is: in the second case the step itself is ended."""
     WITHOUT[system](monkeypatch)
     # psutil has asked the system before.
     monkeypatch.setattr("psutil._psposix.can_use_pidfd_open", lambda: False, raising=False)
@@ -189,7 +189,7 @@ def test_without_the_kernels_word_a_guardian_ends_what_a_step_left(system, monke
         left.communicate()
 
 
-def test_a_process_that_may_not_be_looked_at_is_there(monkeypatch):
+def test_a_process_without_access_counts_as_running(monkeypatch):
     def denied(pid):
         raise psutil.AccessDenied(pid)
 
@@ -198,7 +198,7 @@ def test_a_process_that_may_not_be_looked_at_is_there(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
-def test_a_system_without_the_c_librarys_calls_does_without(error, monkeypatch):
+def test_systems_without_the_calls_of_the_c_library_are_supported(error, monkeypatch):
     """Windows has no library of that name (``TypeError``), and others lack the function or forbid to load it."""
 
     def library(name):

@@ -1,4 +1,4 @@
-"""When to be exact: kernels as prescribed, variances against all sign vectors there are, the study, and its figure."""
+"""When to be exact: prescribed kernels, variances against all sign vectors, the study, and its figure."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def table() -> pd.DataFrame:
 
 
 def theta_of(kernel: Kernel) -> np.ndarray:
-    """Theta written out, by the library on the network that has it."""
+    """Theta of the network with this kernel, by the library."""
     problem = kernel.problem(8, 1)
     module = problem.network.double()
     module.load_state_dict({k: torch_of(v) for k, v in {**problem.theta_0, **problem.fixed_0}.items()})
@@ -55,7 +55,7 @@ def signs(count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kernel", [Kernel(4, 8, 3.0, 0.6), Kernel(2, 2, 1.0, 0.5), Kernel(3, 4, 3.9, 0)])
-def test_networks_have_the_kernels_that_are_prescribed(kernel):
+def test_networks_have_the_prescribed_kernels(kernel):
     theta = theta_of(kernel)
     blocks = theta.reshape(kernel.N, kernel.O, kernel.N, kernel.O)
     own = [blocks[b, :, b] for b in range(kernel.N)]
@@ -143,8 +143,8 @@ def test_errors_of_the_norm_are_those_over_all_pairs_of_probes(family, share):
 
 
 @pytest.mark.slow
-def test_measured_errors_are_those_of_theory(table):
-    """The chi-squared distribution of 120 squared errors is within 30 % of its mean; kernels of low rank are wider."""
+def test_measured_errors_match_theory(table):
+    """Chi-squared sums of 120 squared errors are within 30 % of their mean; kernels of low rank scatter more."""
     found = table[(table["status"] == "ok") & table["predicted"].gt(0) & table["passes"].ge(4)]
     ratios = found["rms"] / found["predicted"]
     assert len(found) > 20 and ratios.between(0.6, 1.6).all()
@@ -177,7 +177,7 @@ def test_budgets_beyond_an_exact_method_are_measured_until_they_take_too_long():
     assert len(hurried) == len(found) and set(lost["status"]) == {"skipped"}
 
 
-def test_a_kernel_that_cannot_be_made_is_a_reason_in_each_of_its_rows(monkeypatch):
+def test_a_kernel_that_cannot_be_made_gives_a_reason_in_each_of_its_rows(monkeypatch):
     made = Kernel.problem
 
     def problem(self, width, depth):
@@ -202,12 +202,12 @@ def test_a_kernel_that_cannot_be_made_is_a_reason_in_each_of_its_rows(monkeypatc
         ({"passes": [1]}, "greater than or equal to 2"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(wrong, says):
+def test_impossible_settings_are_refused(wrong, says):
     with pytest.raises(ValidationError, match=says):
         studies.settings(NAME, TINY | wrong)
 
 
-def test_every_method_serves_its_metric():
+def test_every_method_supports_its_metric():
     for metric, families in study.METHODS.items():
         assert all(metric in methods.get(name).metrics for name in families.values())
         assert {*figure.PREDICTED, "exact"} <= set(families) <= set(figure.FAMILIES)
@@ -220,7 +220,7 @@ def rows(errors, seconds, family="pooled", passes=(4, 16, 64)) -> pd.DataFrame:
     return pd.DataFrame({"family": family, "passes": passes, "rms": errors, "seconds": seconds})
 
 
-def test_costs_follow_the_law_that_errors_follow():
+def test_costs_follow_the_law_of_the_errors():
     law = rows([0.4, 0.2, 0.1], [1.0, 2.0, 6.0])
     assert figure.cost(law, 0.5) == (4, 1.0, True)
     for error in (0.3, 0.15, 0.11, 0.05):
@@ -241,7 +241,7 @@ def test_costs_follow_the_law_that_errors_follow():
 
 @pytest.mark.parametrize("metric", ["trace", "norm"])
 @pytest.mark.parametrize("family", figure.PREDICTED)
-def test_predicted_passes_have_the_error_that_is_wanted(metric, family):
+def test_predicted_passes_have_the_requested_error(metric, family):
     kernel = Kernel(8, 16, 4.0, 0.5)
     passes = figure.predicted_passes(kernel, metric, family, 0.01)
     assert kernel.error(metric, family, passes) == pytest.approx(0.01)
@@ -249,13 +249,13 @@ def test_predicted_passes_have_the_error_that_is_wanted(metric, family):
 
 
 def test_the_boundary_of_the_trace_is_where_the_rule_of_thumb_says():
-    """N O rank = 2 / error^2, where the rank is far below O."""
+    """N O rank = 2 / error^2 where the rank is far below O."""
     kernel = Kernel(16, 256, 4.0, 0.0)
     error = math.sqrt(2 / (16 * 256 * 4))
     assert figure.predicted_passes(kernel, "trace", "per-sample", error) == pytest.approx(256, rel=0.02)
 
 
-def test_the_figure_says_who_wins(table, tmp_path):
+def test_the_figure_names_the_winners(table, tmp_path):
     made = figures.draw(NAME, table, tmp_path)
     plotted = pd.read_csv(made[0])
     assert len(plotted.drop_duplicates(["O", "rank", "share", "metric", "error"])) == 6 * 2 * 3
@@ -288,7 +288,7 @@ def test_extrapolated_points_are_hollow_and_the_measured_ones_counted(table):
 
 
 @pytest.mark.parametrize(("factor", "extrapolated"), [(1e-9, 0), (1e3, 3)])
-def test_the_title_says_to_which_errors_costs_are_extrapolated(table, factor, extrapolated):
+def test_the_title_marks_errors_to_which_costs_are_extrapolated(table, factor, extrapolated):
     with plotting.style():
         drawing = figure.draw(plotting.checked_study(table.assign(rms=table["rms"] * factor), figure.COLUMNS))
     assert drawing.title.count(" cases (extrapolated)") == extrapolated and "partly" not in drawing.title
@@ -302,7 +302,7 @@ def test_one_metric_and_one_kernel_are_drawn_too(table, metric):
     assert set(drawing.plotted["metric"]) == {metric} and len(drawing.plotted) >= 9
 
 
-def test_a_figure_of_nothing_says_why(table, tmp_path):
+def test_a_figure_without_values_says_so(table, tmp_path):
     numbers = ["rms", "seconds"]
     lost = table.assign(status="failed", reason="$x$ was not there", **dict.fromkeys(numbers, np.nan))
     for few in (table.iloc[:0], lost, table[table["family"] != "exact"]):

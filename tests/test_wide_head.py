@@ -64,7 +64,7 @@ def vectors(*layers: nn.Module) -> nn.Module:
 
 
 class Own(nn.Module):
-    """A head with parameters of its own, which is applied by a function of hidden vectors, weight and bias."""
+    """A head with parameters of its own, applied by a function of hidden vectors, weight and bias."""
 
     def __init__(self, apply, *shape: int, bias: bool = False) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Conv1D(nn.Module):
 
 
 class InList(nn.Module):
-    """A head whose weight is in a list of parameters, read at some positions by their numbers."""
+    """A head whose weight is in a list of parameters, read at some positions by index."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ OWN = {
     "Conv1D": lambda: nn.Sequential(nn.Embedding(V, D), nn.Linear(D, D), nn.Tanh(), Conv1D()),
     "in a list": InList,
 }
-"""Heads that are no linear layer of torch.nn."""
+"""Heads that are not linear layers of torch.nn."""
 
 HEADED = {
     "logits": Language,
@@ -156,7 +156,7 @@ CASES = [(kind, 2**30) for kind in HEADED] + [("with a bias", 2**17), ("last pos
 
 
 @pytest.mark.parametrize(("kind", "memory"), mostly_slow(CASES, 2))
-def test_all_metrics(kind, memory):
+def test_all_metrics_match_the_explicit_kernel(kind, memory):
     model, other = seeded(HEADED[kind]).eval(), seeded(HEADED[kind], 1).eval()
     problem = from_module(model, TOKENS, model_f=other, dtype="float64")
     target = Target("torch", "float64", "cpu", memory=memory)
@@ -175,7 +175,7 @@ def test_all_metrics(kind, memory):
 
 
 @pytest.mark.parametrize("kind", OWN)
-def test_heads_that_are_no_linear_layer_are_found(kind):
+def test_heads_that_are_not_linear_layers_are_found(kind):
     """The exact value by ``auto``, an alignment, and the kernel that estimators run on, against plain autograd."""
     (model, other), target = two(OWN[kind]), Target("torch", "float64", "cpu")
     thetas = explicit(model), explicit(other)
@@ -198,7 +198,7 @@ def test_heads_that_are_no_linear_layer_are_found(kind):
 
 
 @pytest.mark.parametrize("chosen", ["hidden.* table.*", "hidden.* b", "W table.*", "W b"])
-def test_heads_of_which_some_parameters_count(chosen):
+def test_heads_with_selected_parameters_have_their_kernel(chosen):
     model = seeded(OWN["product with a bias"]).eval()
     found = ntkbench.norm(model, TOKENS, parameters=chosen.split(), dtype="float64")
     for key, w in model.named_parameters():
@@ -224,7 +224,7 @@ NOT_HEADS = {
     "outputs in another order": (lambda h, W, b: (h @ W).transpose(1, 2), f"{PRODUCT}$"),
     "positions that depend on x": (lambda h, W, b: (h @ W).take_along_dim(h[..., :1].argsort(1), 1), PRODUCT),
 }
-"""Last operations, and what is said of them."""
+"""Last operations that are no heads, and the reasons."""
 
 
 @pytest.mark.parametrize("kind", NOT_HEADS)
@@ -240,7 +240,7 @@ def test_other_last_operations_are_not_heads(kind):
     assert found.value == pytest.approx(float(explicit(model).norm()), rel=1e-10)
 
 
-def test_auto_takes_it_where_it_takes_fewer_passes():
+def test_auto_chooses_wide_head_where_it_takes_fewer_passes():
     model = seeded(Language).eval()
     found = ntkbench.norm(model, TOKENS, dtype="float64")
     assert found.method == "wide_head" and found.passes == T * D
@@ -252,7 +252,7 @@ def softmax() -> nn.Module:
 
 
 class Detached(Language):
-    """Its outputs are those of the head, and their gradient is not."""
+    """Its outputs are those of the network, but the gradient of the hidden vectors is halved."""
 
     def forward(self, tokens):
         hidden = self.block(self.table(tokens))
@@ -362,7 +362,7 @@ BEHIND = {
 
 
 @pytest.mark.parametrize("behind", BEHIND)
-def test_what_stands_behind_the_last_layer_is_seen(behind):
+def test_operations_behind_the_last_layer_are_detected(behind):
     model = seeded(lambda: nn.Sequential(Language(), Function(BEHIND[behind]))).eval()
     problem = from_module(model, TOKENS, dtype="float64")
     with pytest.raises(BadInput, match="not the unchanged results of its last linear layer"):
@@ -384,7 +384,7 @@ def test_gradients_that_stop_in_front_of_the_head_are_followed():
     assert found.value == pytest.approx(float(explicit(model).norm()), rel=1e-10)
 
 
-def test_gradients_that_are_not_those_of_the_head_are_noticed():
+def test_gradients_that_are_not_those_of_the_head_are_not_certified():
     model = seeded(Lying).eval()
     with pytest.raises(Uncertified):
         ntkbench.norm(model, TOKENS, dtype="float64", method="wide_head")
@@ -425,7 +425,7 @@ class Tied(nn.Module):
 
 
 class Functional(Tied):
-    """The head is a product alone, as the last hidden vectors' with the table."""
+    """The head is a bare product of the hidden vectors at two positions with the table."""
 
     def forward(self, tokens):
         return self.hidden(tokens)[:, [-1, 0]] @ self.table.weight.T
@@ -457,7 +457,7 @@ class Scaled(Tied):
 
 
 class LyingTied(Tied):
-    """The head's results with the gradient of twice as much."""
+    """The head's results with twice the gradient of the hidden vectors."""
 
     def forward(self, tokens):
         hidden = self.hidden(tokens)
@@ -519,7 +519,7 @@ def two(make):
 @pytest.mark.parametrize(
     ("kind", "memory"), mostly_slow([*((kind, 2**30) for kind in TIED), ("with a bias", 2**17)], 2)
 )
-def test_all_metrics_of_tied_heads(kind, memory):
+def test_all_metrics_of_tied_heads_match_the_explicit_kernel(kind, memory):
     model, other = two(TIED[kind])
     problem = from_module(model, TOKENS, model_f=other, dtype="float64")
     target = Target("torch", "float64", "cpu", memory=memory)
@@ -538,7 +538,7 @@ def test_all_metrics_of_tied_heads(kind, memory):
             assert found.passes == needed
 
 
-def test_kernels_that_are_close_have_digits_of_their_difference():
+def test_kernels_that_are_close_have_a_precise_complement():
     model, other = seeded(Tied).eval(), seeded(Tied).eval()
     with torch.no_grad():
         for w in other.parameters():
@@ -548,7 +548,7 @@ def test_kernels_that_are_close_have_digits_of_their_difference():
     assert found.complement == pytest.approx(float((first - second).norm() ** 2) / 2, rel=1e-6)
 
 
-def test_auto_takes_tied_heads_and_the_other_end_may_be_another_network():
+def test_auto_chooses_tied_heads_and_the_other_end_may_be_another_network():
     model, other = seeded(Tied).eval(), seeded(gpt2, 1).eval()
     found = ntkbench.norm(model, TOKENS, dtype="float64")
     assert found.method == "wide_head" and found.passes == T * (M + D)
@@ -560,7 +560,7 @@ def test_auto_takes_tied_heads_and_the_other_end_may_be_another_network():
     assert found.value == pytest.approx(exact("alignment", explicit(model), explicit(other)), rel=1e-12)
 
 
-def test_inputs_of_several_kinds():
+def test_several_inputs_are_supported():
     model = seeded(Tied).eval()
     found = ntkbench.norm(
         model, {"tokens": TOKENS, "mask": torch.ones(N, T)}, call=lambda m, x: m(x["tokens"]), dtype="float64"
@@ -585,7 +585,7 @@ def partly_frozen(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize(("says", "make"), [(says, make) for says, makers in REFUSED_TIED.items() for make in makers])
-def test_tied_weights_that_are_something_else_are_refused_and_computed_otherwise(says, make):
+def test_tied_weights_that_are_no_head_are_refused_and_computed_otherwise(says, make):
     model = seeded(make).eval()
     x = torch.randn(N, T, D, dtype=torch.float64) if make is OfVectors else TOKENS
     with pytest.raises(BadInput, match=says):
@@ -601,7 +601,7 @@ def test_gradients_in_front_of_a_tied_head_are_followed():
     assert found.value == pytest.approx(float(explicit(model).norm()), rel=1e-12)
 
 
-def test_a_wrong_vocabulary_is_noticed(monkeypatch):
+def test_a_wrong_vocabulary_is_not_certified(monkeypatch):
     """The tokens' rows in another order: the hidden vectors are not those of the network."""
     right = tied_head.Basis.down
     monkeypatch.setattr(tied_head.Basis, "down", lambda self, t: right(self, t)[torch.arange(self.shape[1]).roll(1)])
@@ -621,8 +621,8 @@ def test_no_matrix_is_as_large_as_the_outputs():
     model, x = seeded(make).eval(), torch.arange(8).reshape(2, 4) * 7
     found = ntkbench.norm(model, x, dtype="float64", memory=2**24)
     assert found.method == "wide_head" and found.passes == 4 * (8 + d)
-    # The rows of other tokens count by their inner products alone: six rows with the same ones stand for them, and what
-    # is missing of the head are as many outputs as were left out.
+    # The rows of other tokens matter only through their inner products: six rows with the same ones replace them, and
+    # each output that is left out of the head adds the square of G.
     model.double()
     tokens = x.unique()
     others = model[0].weight[~torch.isin(torch.arange(V), tokens)].detach()
@@ -648,12 +648,12 @@ def ends_of(kind: str):
 
 KINDS = (*HEADED, *(kind for kind in TIED if kind not in HEADED))
 SPANNED = {"one position": "9 outputs are no more than the 12 dimensions"}
-"""Kinds of which two heads together span all outputs, and what is said."""
+"""Kinds of which two heads together span all outputs, and the reason that is given."""
 
 
 @pytest.mark.parametrize("kind", mostly_slow(KINDS, 2))
-def test_shorter_heads_and_what_is_known_are_the_whole_kernel(kind):
-    """Nothing is random here: the kernels of the networks that estimators run on, written out."""
+def test_shorter_heads_and_known_moments_give_the_whole_kernel(kind):
+    """Without random probes: the whole kernels of the networks that estimators run on."""
     problem, thetas = ends_of(kind)
     short = methods.get("wide_head_u_statistics").prepare(problem, Target("torch", "float64", "cpu")).short
     for metric in METRICS:
@@ -671,7 +671,7 @@ def test_shorter_heads_and_what_is_known_are_the_whole_kernel(kind):
 
 
 @pytest.mark.parametrize("kind", ["with a bias", "last position", "tied", "functional"])
-def test_estimates_are_unbiased_with_honest_errors(kind):
+def test_estimates_are_unbiased_with_calibrated_errors(kind):
     problem, thetas = ends_of(kind)
     target = Target("torch", "float64", "cpu")
     method, whole = (methods.get(name) for name in ("wide_head_u_statistics", "structured_block_u_statistics"))
@@ -701,7 +701,7 @@ def test_the_same_probes_serve_several_metrics(kind):
 
 
 @pytest.mark.parametrize("biases", [(False, False), (True, True), (True, False)])
-def test_moments_of_a_heads_gram_matrix(biases):
+def test_moments_of_a_heads_gram_matrix_are_those_of_the_explicit_one(biases):
     H, H_f = (seeded(lambda: torch.randn(7, 3, dtype=torch.float64), seed) for seed in (0, 1))
     grams = [gram.Gram(each, bias) for each, bias in zip((H, H_f), biases, strict=True)]
     written = [each @ each.T + bias for each, bias in zip((H, H_f), biases, strict=True)]
@@ -712,7 +712,7 @@ def test_moments_of_a_heads_gram_matrix(biases):
     assert torch.allclose(grams[0].part([2, 0], slice(1, 3)), written[0][[2, 0], 1:3])
 
 
-def test_the_difference_of_two_heads_that_are_close_has_digits_of_its_own():
+def test_the_difference_of_two_heads_that_are_close_is_precise():
     H = seeded(lambda: torch.randn(7, 3, dtype=torch.float64))
     change = 1e-9 * seeded(lambda: torch.randn(7, 3, dtype=torch.float64), 1)
     D = (change @ H.T + H @ change.T).norm() ** 2
@@ -722,7 +722,7 @@ def test_the_difference_of_two_heads_that_are_close_has_digits_of_its_own():
 
 
 @pytest.mark.parametrize("chosen", ["*", "block.*", "lm_head.bias block.*", "lm_head.weight table.*"])
-def test_estimates_in_float32_and_of_some_parameters(chosen):
+def test_intervals_in_float32_and_of_some_parameters_cover(chosen):
     model = seeded(lambda: Language(bias=True)).eval()
     asked = {"method": "wide_head_u_statistics", "passes": 400, "parameters": chosen.split(), "dtype": "float32"}
     found = {name: getattr(ntkbench, name)(model, TOKENS, **asked) for name in ("trace", "norm")}
@@ -767,6 +767,6 @@ def test_auto_estimates_in_the_hidden_dimension():
     assert low <= float(explicit(model).norm()) <= high
 
 
-def test_gradients_that_are_not_those_of_a_shorter_head_are_noticed():
+def test_gradients_that_are_not_those_of_a_shorter_head_are_not_certified():
     with pytest.raises(Uncertified):
         ntkbench.norm(seeded(Lying).eval(), TOKENS, method="wide_head_u_statistics", passes=16, dtype="float64")

@@ -65,7 +65,7 @@ def many_parameters(method: Method) -> tuple[Problem, int]:
 @pytest.mark.parametrize("method", [m for m in ALL if "torch" in m.backends], ids=lambda m: m.name)
 @pytest.mark.slow
 def test_no_array_of_a_method_is_larger_than_the_memory(method, sizes):
-    """Methods refuse in one line what takes more."""
+    """Methods refuse in one line whatever takes more."""
     problem, memory = sizes(method)
     target = Target("torch", "float32", "cpu", memory)
     for metric in sorted({"trace", "norm", "alignment"}.intersection(method.metrics)):
@@ -105,8 +105,8 @@ def test_live_bytes_are_those_that_are_held_at_one_time():
 @pytest.mark.parametrize(
     "metric", ["trace", pytest.param("norm", marks=pytest.mark.slow), pytest.param("alignment", marks=pytest.mark.slow)]
 )
-def test_all_that_a_pntk_of_a_deep_network_holds_is_within_the_memory(name, metric):
-    """With weights for each end, and with all that is made for a certificate: the samples together save 700 kB."""
+def test_a_pntk_of_a_deep_network_holds_no_more_than_the_memory(name, metric):
+    """Including the weights of each end and all tensors of a certificate. Autograd saves 700 kB for all samples."""
     net = seeded(lambda: residual.network(18, 10, 2).eval(), 0)
     theta = {key: w.detach().double().numpy() for key, w in net.named_parameters()}
     theta_f = {key: 1.01 * w for key, w in theta.items()}
@@ -125,7 +125,7 @@ def test_all_that_a_pntk_of_a_deep_network_holds_is_within_the_memory(name, metr
 @pytest.mark.parametrize("independent", [True, False])
 @pytest.mark.parametrize("hidden", [1, 3])
 def test_blocks_of_a_kernel_from_rows_stay_within_the_memory(independent, hidden):
-    """The result aside, and however much larger than a gradient the outputs of the batch are."""
+    """Apart from the result, and even where the outputs of the batch are much larger than a gradient."""
     problem, memory = testing.smooth_problem("rows", 200, 1, hidden, 2), 2**16
     j = operators.linearise(problem, "theta_0", Target("torch", "float64", "cpu", memory))
     theta = testing.explicit_jacobian(problem)
@@ -176,7 +176,7 @@ def test_a_kernel_is_checked_without_a_copy():
 
 @pytest.mark.parametrize("size", [1400, 700])
 def test_the_alignment_with_a_matrix_holds_no_whole_kernel(size):
-    """Neither Theta, nor another matrix of its size than the one that is given."""
+    """Neither Theta, nor a matrix of its size other than the given one."""
     memory, target = 2**20, np.random.default_rng(0).standard_normal((size, size))
     kernel = ntkbench.Kernel(torch.nn.Linear(3, 2), torch.randn(700, 3), memory=memory)
     for _ in range(2):  # from rows, then layer by layer, which traces the programs

@@ -51,7 +51,7 @@ def check(model: nn.Module, x: torch.Tensor) -> None:
 
 
 class Lambda(nn.Module):
-    """A linear layer in a forward pass that is given."""
+    """A linear layer in a given forward pass."""
 
     def __init__(self, forward, **attributes):
         super().__init__()
@@ -91,7 +91,7 @@ def test_complex_buffers_and_frozen_parameters_keep_their_imaginary_part(dtype, 
     check(model, X)
 
 
-def test_alignment_with_other_complex_buffers():
+def test_alignment_uses_the_complex_buffers_of_each_end():
     ends = [seeded(lambda phases=phases: Lambda(rotated, phases=phases)) for phases in (PHASES, PHASES**2)]
     thetas = [explicit(model, X).numpy() for model in ends]
     found = ntkbench.alignment(*ends, X, dtype="float64")
@@ -102,7 +102,7 @@ def test_alignment_with_other_complex_buffers():
 
 
 def dropping(draw):
-    """Leaves a layer out now and then."""
+    """Halves the outputs now and then in train mode."""
     return lambda self, x: self.layer(x) * (0.5 if self.training and draw(self) < 0.1 else 1)
 
 
@@ -132,7 +132,7 @@ def test_rare_draws_in_train_mode_are_refused_every_time(kind):
 
 
 @pytest.mark.parametrize("kind", DRAWS)
-def test_draws_that_change_nothing_in_eval_mode_are_harmless_and_leave_no_trace(kind):
+def test_draws_without_effect_in_eval_mode_are_accepted_and_leave_generators_unchanged(kind):
     def forward(self, x):
         return self.layer(x) * (0.5 if DRAWS[kind](self) < 0.1 and self.training else 1)
 
@@ -147,14 +147,14 @@ def test_draws_that_change_nothing_in_eval_mode_are_harmless_and_leave_no_trace(
 
 
 @pytest.mark.parametrize("kind", DRAWS)
-def test_draws_that_count_in_eval_mode_are_refused(kind):
+def test_draws_with_an_effect_in_eval_mode_are_refused(kind):
     model = seeded(lambda: Lambda(lambda self, x: self.layer(x) * (1 + float(DRAWS[kind](self))))).eval()
     model.own = OWN.get(kind, lambda: None)()
     with pytest.raises(ntkbench.BadInput, match="is random or keeps a state"):
         ntkbench.trace(model, X)
 
 
-def test_a_network_that_seeds_its_own_draws_is_a_function():
+def test_a_network_that_seeds_its_own_draws_is_accepted():
     def features(self, x):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
@@ -238,7 +238,7 @@ def test_checks_take_few_samples_at_a_time():
     assert max(size for size, _ in calls) <= 64
 
 
-def test_checks_of_a_network_of_one_size_of_batch_take_that():
+def test_checks_of_a_network_with_a_fixed_size_of_batch_use_that_size():
     model = seeded(lambda: Lambda(lambda self, x: self.layer(x) + x.view(100, 4)[:, :1]))
     assert ntkbench.from_module(model, torch.randn(100, 4)).N == 100
 
@@ -258,7 +258,7 @@ def test_outputs_that_are_not_finite_are_seen_wherever_they_are(last):
         kernel.at(model)
 
 
-# Networks of all sorts
+# Networks of all kinds
 
 
 class Residual(nn.Module):
@@ -331,7 +331,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_networks_of_all_sorts_are_answered(kind):
+def test_networks_of_all_kinds_are_supported(kind):
     model = seeded(NETWORKS[kind])
     check(model, X)
 
@@ -343,14 +343,14 @@ def test_networks_of_all_sorts_are_answered(kind):
         pytest.param(nn.Sequential(nn.Embedding(9, 3, sparse=True), nn.Flatten()), id="sparse"),
     ],
 )
-def test_tables(model):
+def test_embedding_tables_are_supported(model):
     check(model, torch.arange(10).reshape(5, 2) % 9)
 
 
 # Alignment
 
 
-def test_alignment_of_networks_with_their_own_statistics():
+def test_alignment_uses_the_statistics_of_each_end():
     ends = []
     for seed in range(2):
         make = lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))  # noqa: E731
@@ -369,7 +369,7 @@ def test_alignment_of_networks_with_their_own_statistics():
     assert problem.digest() != ntkbench.from_module(ends[0], X, ends[0]).digest()
 
 
-def test_buffers_that_are_not_saved_count():
+def test_non_persistent_buffers_count():
     ends = []
     for scale in (1.0, 2.0):
         model = seeded(lambda: Lambda(lambda self, x: (self.layer(x) * self.scale).tanh()))
@@ -468,7 +468,7 @@ def restored():
     [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("meta")],
 )
 @pytest.mark.parametrize("precision", ["highest", "medium"])
-def test_own_settings_are_left_as_they_were_found(ambient, precision, restored):
+def test_own_settings_restore_those_of_the_caller(ambient, precision, restored):
     torch.set_float32_matmul_precision(precision)
     with ambient():
         before = settings()
@@ -508,7 +508,7 @@ def test_hooks_on_saved_tensors_do_not_reach_kernels_and_are_left_as_they_were()
     with outer:
         with inner:
             kernel = ntkbench.Kernel(model, x)
-            for _ in range(2):  # written out, then layer by layer
+            for _ in range(2):  # from an explicit J, then layer by layer
                 torch.testing.assert_close(kernel.ntk(), theta, rtol=1e-12, atol=1e-12)
             assert float(kernel.norm()) == pytest.approx(float(theta.norm()), rel=1e-12)
             assert not packed
@@ -521,7 +521,7 @@ def test_hooks_on_saved_tensors_do_not_reach_kernels_and_are_left_as_they_were()
     assert not torch.equal(h, exact)
 
 
-def test_fake_tensors_around_are_named():
+def test_a_surrounding_fake_tensor_mode_is_reported():
     model = seeded(lambda: nn.Linear(4, 3))
     with FakeTensorMode(allow_non_fake_inputs=True):
         for call in (ntkbench.trace, ntkbench.ntk, ntkbench.Kernel, ntkbench.from_module):
@@ -558,7 +558,7 @@ def with_nan() -> nn.Linear:
 
 def closing_over_itself() -> nn.Module:
     layer = nn.Linear(4, 3)
-    layer.forward = lambda x: x @ layer.weight.T  # those of the original in every copy
+    layer.forward = lambda x: x @ layer.weight.T  # the original's parameters in every copy
     return layer
 
 
@@ -575,7 +575,7 @@ def generating() -> nn.Module:
 
 
 class Copied(nn.Linear):
-    """A linear layer whose copies are what a function makes of it."""
+    """A linear layer that is copied by a given function."""
 
     def __init__(self, copy):
         super().__init__(4, 3)
@@ -685,7 +685,7 @@ class Asking(nn.Module):
         return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=True).tanh()
 
 
-def test_a_network_may_ask_for_gradients_by_its_input_in_place():
+def test_a_network_may_require_gradients_of_its_input_in_place():
     """As reentrant checkpointing and physics-informed networks do."""
     model, x = Asking(), X.clone()
     with own_settings("float64"):

@@ -1,4 +1,4 @@
-"""ntkbench on many networks: operations, layers, habits of writing, and models of other libraries."""
+"""ntkbench on many networks: operations, layers, coding styles, and models of other libraries."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def _parameters() -> list:
 
 
 @pytest.mark.parametrize("case", _parameters())
-def test_the_answer_is_that_of_plain_autograd(case: Case):
+def test_answers_match_plain_autograd(case: Case):
     found = answer(case)
     assert found.error < TOLERANCE, (found.errors, found.estimate)

@@ -1,9 +1,9 @@
-"""Writes how ntkbench answers for every network of the zoo: ``python tests/zoo_table.py``.
+"""Writes the table of ntkbench's results on every network of the zoo: ``python tests/zoo_table.py``.
 
-The table is ``results/reference/zoo/table.csv``. It has one row for each network: how the answer is computed, its
-error, and the time of ``ntkbench.ntk``, tracing included, relative to J written out row by row by plain autograd. The
-two take turns. The networks are tiny, so tracing takes most of the time. Whatever fails is a row with its reason.
-timm and transformers must be installed (the extra ``zoo``).
+The table is ``results/reference/zoo/table.csv``. It has one row for each network: how the result is computed, its
+error, and the time of ``ntkbench.ntk``, tracing included, relative to that of an explicit J by plain autograd, row by
+row. The two are timed alternately. The networks are tiny, so tracing takes most of the time. A failure is a row with
+its reason. timm and transformers must be installed (the extra ``zoo``).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ THREADS = 1
 ROUNDS = 3
 """Timed calls of each side."""
 NOTE = 200
-"""Characters that are kept of each note."""
+"""Characters kept of each note."""
 
 
 def row(case: Case) -> dict[str, object]:
-    """What a network gives."""
+    """The row of a network."""
     package = case.package or "torch"
     where = {"model": case.name, "group": case.group, "package": f"{package} {importlib.metadata.version(package)}"}
     try:
         found = answer(case)
         model, x = case.build()
         ours, plain = in_turn([lambda: ntkbench.ntk(model, x), lambda: explicit_kernel(model, x)], ROUNDS)
-    except Exception as error:  # a row as well
+    except Exception as error:  # recorded as a row
         return where | {"status": "failed", "reason": errors.summary(error)}
     return where | {
         "status": "ok" if found.error < TOLERANCE else "wrong",
@@ -58,7 +58,7 @@ def row(case: Case) -> dict[str, object]:
 @click.command()
 def main() -> None:
     """Measure all networks and write the table."""
-    logging.getLogger("ntkbench").setLevel(logging.ERROR)  # what it warns of is in the notes
+    logging.getLogger("ntkbench").setLevel(logging.ERROR)  # its warnings are in the notes
     use_threads(THREADS)
     where = {"threads": THREADS, "dtype": "float64"} | provenance().columns()
     rows = []

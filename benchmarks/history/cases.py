@@ -1,4 +1,4 @@
-"""The history's cases: the call of each, its values and errors, and its memory.
+"""The history's cases: their calls, values, errors and memory.
 
 A case is a line of ``cases.txt``, ``network/method/backend/function[/passes]``. asv identifies a case by its place in
 that list, so new cases are only added at the end. Cases that a commit does not support are n/a there.
@@ -22,7 +22,7 @@ LEFT_OUT = {"block_lanczos": "gives metrics of the eigenvalues only, which no fu
 """Methods without a case, and why."""
 
 SEEDS = 20
-"""Number of seeds for the median error of a random method; others have one."""
+"""Number of seeds for the median error of a random method; the others take one."""
 
 ALONE = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
 """Environment of a measuring process, before it imports a backend."""
@@ -35,7 +35,7 @@ class Absent(NotImplementedError):
 def one_thread() -> None:
     """Keep this process to one thread: torch by its setting, XLA by the processors that the process may use.
 
-    macOS and Windows do not restrict a process to some processors; XLA takes all there.
+    Python cannot restrict a process to some processors on macOS and Windows; XLA takes all of them there.
     """
     import torch
 
@@ -45,7 +45,7 @@ def one_thread() -> None:
 
 
 def import_early() -> None:
-    """Import what cases use, so that processes forked from this one need not; no backend is started."""
+    """Import what cases use, so that forked processes find it imported; no backend is started."""
     import torch._dynamo  # noqa: F401 (torch.func imports these two at its first use)
 
     try:
@@ -53,7 +53,7 @@ def import_early() -> None:
 
         import ntkbench
 
-        ntkbench.trace  # noqa: B018 (imported when it is first named)
+        ntkbench.trace  # noqa: B018 (imported when first named)
     except Exception as error:
         print(f"not imported early: {error!r}")  # the case that needs it raises the error again
     gc.freeze()
@@ -104,7 +104,7 @@ class Case:
             raise Absent(f"{by} answers for {method}")
 
     def values(self, seeds: Sequence[int]) -> tuple[list[float], list[float]]:
-        """The values of calls, one number each, and their errors relative to exact values."""
+        """The values of calls, one number each, and their errors relative to the exact value."""
         found = [np.asarray(self._number(self.call(seed)), np.float64) for seed in seeds]
         exact = self._exact()
         errors = [np.linalg.norm(self._comparable(value) - exact) / np.linalg.norm(exact) for value in found]
@@ -144,7 +144,7 @@ class Case:
         return first
 
     def _comparable(self, value: np.ndarray) -> np.ndarray:
-        """A kernel ``[N, N]`` stands for Theta as A ⊗ I_O."""
+        """The value, with a kernel A ``[N, N]`` as A ⊗ I_O."""
         if value.ndim == 0:
             return value
         outputs = len(self._exact()) // len(value)

@@ -1,4 +1,4 @@
-"""The networks of the history's cases, small and with fixed weights: a change to one of them cuts its history.
+"""The networks of the history's cases, small and with fixed weights; changing one of them cuts its history.
 
 Weights and inputs are drawn by NumPy, whose streams stay the same from version to version. Exact values come from the
 Jacobian by plain autograd in float64, independent of ntkbench.
@@ -70,7 +70,7 @@ def _drawn(model: nn.Module, shape: tuple[int, ...]) -> Network:
 
 
 def in_jax(model: nn.Module) -> tuple[Any, list[tuple[Any, Any]]]:
-    """An MLP as a function of JAX and its parameters."""
+    """An MLP as a JAX function, and its parameters."""
     import jax.numpy as jnp
 
     weights = [(jnp.asarray(w.detach().numpy()), jnp.asarray(b.detach().numpy())) for w, b in _linear(model)]
@@ -102,7 +102,7 @@ def jacobian(model: nn.Module, x: Tensor) -> np.ndarray:
 
 @functools.cache
 def theta(name: str, weights: str = "model") -> np.ndarray:
-    """Theta of a network at one set of weights, an attribute of :class:`Network`, in float64."""
+    """Theta in float64 of a network at one set of weights, named by the attribute of :class:`Network`."""
     network = NETWORKS[name]()
     j = jacobian(getattr(network, weights), network.x)
     return j @ j.T

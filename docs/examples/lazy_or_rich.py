@@ -1,7 +1,7 @@
 """Lazy or rich learning: the alignment of a recurrent network's kernel with that at initialisation.
 
 The same RNN learns the same task from small and from large initial weights. An alignment near 1 means that the kernel,
-and so the features, stay as they are (lazy); a low one means that they change (rich).
+and so the features, hardly change (lazy); a low one means that they do (rich).
 
 Run it with ``python docs/examples/lazy_or_rich.py``; it takes less than a minute.
 """
@@ -31,7 +31,7 @@ class Network(nn.Module):
 
 
 def trained(gain: float) -> tuple[ntkbench.Estimate, float]:
-    """The alignment after training, and the loss then."""
+    """The alignment and the loss after training."""
     torch.manual_seed(1)
     model = Network(gain)
     x = torch.randint(2, (TRIALS, STEPS, 1)).float() * 2 - 1

@@ -1,6 +1,6 @@
-"""The pNTK against the NTK: how far the sum of logits is from the kernel that it stands for, by width.
+"""The pNTK against the NTK: how far the sum of logits is from the kernel that it approximates, by width.
 
-The pNTK is an N x N kernel K that stands for Theta as K ⊗ I. The trace kernel is the best of these, and its distance
+The pNTK is an N x N kernel K that approximates Theta by K ⊗ I. The trace kernel is the best of these, and its distance
 from Theta is the floor.
 
 Run it with ``python docs/examples/pntk_against_ntk.py``; it takes a few seconds.

@@ -6,7 +6,7 @@ from ntkbench import errors
 
 
 def main() -> None:
-    """Run the command, after a check for the packages that only the command needs."""
+    """Check for the packages that only the command needs, then run it."""
     with errors.as_one_line():
         for module in ("click", "pandas", "pydantic", "yaml"):
             errors.need(module, "the ntkbench command", "'.[pipeline]' (in ntkbench's checkout)")

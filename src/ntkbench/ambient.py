@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 AUTOCAST = ("cpu", "cuda", "xpu", "mps")
 
 _TURN = threading.RLock()
-"""Held while torch has the settings of a call: all threads share the default precision and most flags."""
+"""Held while a call's settings are in force: all threads share the default precision and most flags."""
 
 
 def cores() -> int:
-    """Number of processors that this process may use, or of all where the system does not say (macOS, Windows)."""
+    """Number of processors available to this process; all of them if the system does not say (macOS, Windows)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def processes() -> ForkContext | SpawnContext:
-    """How to start processes: as forks, which find modules imported, or where there are none, as on Windows, afresh."""
+    """How to start processes: by fork, which keeps imported modules, or by spawn where there is no fork (Windows)."""
     try:
         return multiprocessing.get_context("fork")
     except ValueError:
@@ -41,8 +41,8 @@ def own_settings(dtype: str | None = None, device: str | None = None, *, tf32: b
     """Switch off what changes derivatives or precision, and restore the caller's settings at the end.
 
     Gradients are recorded even inside the caller's ``torch.no_grad`` or ``torch.inference_mode``. Autocast, float32
-    products of lower precision (TF32 unless requested) and hooks on saved tensors are off. Calls of several threads
-    take turns, as most of these settings are those of the whole process.
+    products of lower precision (TF32 unless requested) and hooks on saved tensors are off. Calls from several
+    threads take turns, since most of these settings are process-wide.
 
     Args:
         dtype: ``"float32"`` or ``"float64"``, for tensors that a network creates without a precision.
@@ -96,9 +96,9 @@ def _without_saving_hooks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _precision(tf32: bool) -> Iterator[None]:
-    """Compute float32 products in float32, or in TF32 on a GPU, whichever of torch's two sets of flags the caller uses.
+    """Compute float32 products in float32, or in TF32 on a GPU, with either of torch's two sets of flags in use.
 
-    torch keeps them consistent only where they are set; reading an old flag fails after a new one was set.
+    torch keeps the two consistent only when a flag is set; reading an old flag fails after a new one was set.
     """
     import torch
 

@@ -66,7 +66,7 @@ def ntk(
     file: File | None = None,
     **setup: Unpack[Setup],
 ) -> torch.Tensor | np.memmap[Any, Any]:
-    """The NTK between two sets of inputs, exact and without a Jacobian, or a kernel between samples in its place.
+    """The exact NTK between two sets of inputs, without forming the Jacobian, or a kernel between samples instead.
 
     ``kernel="full"`` is Theta itself, ``[N1 * O, N2 * O]`` with rows sample-major. The others are ``[N1, N2]`` matrices
     A, which approximate Theta as A ⊗ I_O: ``sum_of_logits`` (the pNTK of Mohamadi et al. 2023), ``single_logit`` (the
@@ -75,8 +75,8 @@ def ntk(
 
     Cost: O backward passes over the inputs for ``full``, ``trace`` and ``last_layer``, one for the others, and one
     contraction per layer; without ``x2`` half of that (see :mod:`ntkbench.layerwise`). The network is traced first,
-    which takes from a tenth of a second to some seconds; a trace is kept for networks of the same structure. If J has
-    few entries it is written out instead. The ``ntkbench`` logger names parameters without a fast rule.
+    which takes from 0.1 s to a few seconds; the trace is reused for networks of the same structure. If J has few
+    entries it is written out instead. The ``ntkbench`` logger names parameters without a fast rule.
 
     If the network cannot be traced, or plain autograd contradicts its trace, rows of its Jacobian are written out in
     blocks: sample by sample, or else by products over the whole batch. Networks with interacting samples use products
@@ -131,8 +131,8 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     """tr Theta of a network at its current weights, Theta = J J^T with J the Jacobian of all outputs.
 
     ``method="auto"`` uses an exact method if it takes no more passes and not clearly more operations than the estimate
-    would, within ``memory``, and an estimator otherwise. Operations are counted on shapes and nothing is timed, so that
-    the choice is always the same. The exact methods, of which the one of the fewest operations comes first, are
+    would, within ``memory``, and an estimator otherwise. Operations are counted on shapes and nothing is timed, so the
+    choice is deterministic. The exact methods, tried in the order of their operations, are
 
     - ``recurrent_exact_trace``, if the network declares its recurrence;
     - ``wide_head``, for independent samples and a last linear layer with at least twice as many outputs as inputs (plus
@@ -143,22 +143,21 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
 
     The estimators for independent samples are
 
-    - ``wide_head_u_statistics``, for such a last layer;
+    - ``wide_head_u_statistics``, for a last layer as for ``wide_head``;
     - ``structured_block_u_statistics`` for the trace (``per_sample_trace`` if the network cannot be traced);
     - block U-statistics for the other metrics, if what they hold fits in ``memory``: ``group_u_statistics`` if the
       network declares its recurrence, else ``structured_block_u_statistics`` if it can be traced, else
       ``block_u_statistics``.
 
-    Otherwise the estimators are ``hutchpp_adaptive`` or, for the other metrics, ``nystrom_loo`` (``hutchinson`` with
-    ``rtol``, and where it does not fit), and ``gram_reverse``. Traces are estimated on the side with fewer dimensions:
-    outputs or parameters.
+    Otherwise the estimators are ``hutchpp_adaptive`` and ``one_sided_reverse`` for the trace, and ``nystrom_loo``
+    (``hutchinson`` with ``rtol``, or if it does not fit) and ``gram_reverse`` for the other metrics. Traces are
+    estimated on the side with fewer dimensions: outputs or parameters.
 
     With ``rtol`` an exact method takes over as soon as the remaining probes would cost more than half as much. It comes
     first if the estimate is expected to cost as much: if a batch is so small that a reliable standard error takes more
     passes, if the tolerance is tight, and for traces of small networks. Block U-statistics give way to ``hutchinson``
-    where inner products of gradients would take most of the time, and are taken up again if that turns out to need far
-    more.
-    Methods are tried in turn, and one that fails on the network is skipped. ``Estimate.method`` names the method
+    if inner products of gradients would take most of the time, and are resumed if ``hutchinson`` turns out to need far
+    more. Methods are tried in turn, and one that fails on the network is skipped. ``Estimate.method`` names the method
     that was used, and ``Estimate.notes`` says why others were not.
 
     Every method is certified by plain ``backward`` of the unmodified network over the whole batch. A method whose
@@ -183,15 +182,16 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
             :class:`ntkbench.options.Options`. Without ``passes`` the maximum is 256, or 4096 with ``rtol``. Block
             U-statistics spend at most max(16, 1024 / N) passes at each set of weights, those of groups at most 1024 /
             min(N, 24), unless requested by name with ``passes``, or with ``rtol``. Exact and approximate methods
-            requested by name take none. With a mapping of names to patterns as ``parameters`` the result is a dict with
-            an estimate for each group.
+            requested by name take no ``passes``. With a mapping of names to patterns as ``parameters`` the result is a
+            dict with an estimate for each group.
 
     Returns:
         The trace, in units of a squared output per squared parameter, with its interval, its passes, the method and
         notes. It behaves like a number; see :class:`ntkbench.Estimate`.
 
     Raises:
-        BadInput: an argument cannot be used, or no method, or not the requested one, applies to this network; says why.
+        BadInput: an argument cannot be used, or no method applies to this network, or the requested one does not; says
+            why.
         OverMemory: the method would need more than ``memory`` at once.
         Unavailable: the device is not available.
     """
@@ -249,11 +249,10 @@ def alignment(model_0: Any, model_f: Any, x: Any, **keywords: Unpack[Keywords]) 
     """tr(Theta_0 Theta_f) / (||Theta_0||_F ||Theta_f||_F) of two networks, or of a network and a target kernel.
 
     The alignment with y y^T is y^T Theta y / ||Theta||_F for y of length 1. One pass gives the numerator exactly, and
-    ``method`` the norm, which must be that of Theta itself: approximate methods are refused. With ``rtol`` the norm is
-    estimated to a smaller tolerance where the alignment needs it. ``rounding`` includes that of the numerator, which
-    is large where terms cancel, as for centred labels: choose ``dtype="float64"``. The alignment with a matrix is
-    exact. It takes all of Theta, in blocks where it does not fit in ``memory``, and no ``method``, ``passes`` or
-    ``rtol``.
+    ``method`` the norm, which must be that of Theta itself: approximate methods are refused. The alignment is within
+    ``rtol`` if the norm is, up to rounding. ``rounding`` includes that of the numerator, which is large if terms
+    cancel, as for centred labels: choose ``dtype="float64"``. The alignment with a matrix is exact. It uses all of
+    Theta, in blocks if it does not fit in ``memory``, and takes no ``method``, ``passes`` or ``rtol``.
 
     Cost: twice that of :func:`trace`, once for each set of weights; with y y^T, that of :func:`norm` and one pass.
 
@@ -288,8 +287,8 @@ def metrics_of(model: Any, x: Any, model_f: Any = None, **keywords: Unpack[Keywo
     """Trace, norm and effective rank, and with ``model_f`` the alignment, by name, from the same probes.
 
     Each has its own standard error. The errors are not independent, since the probes are shared. With ``rtol`` probes
-    are added until all metrics are within it. ``passes`` pay for all metrics together: methods that cannot add probes
-    spend a part on each, and ``notes`` say which. ``Estimate.passes`` is the total cost of all metrics, unless an exact
+    are added until all metrics are within it. ``passes`` is the budget of all metrics together: methods that cannot add
+    probes split it, and ``notes`` say how. ``Estimate.passes`` is the total cost of all metrics, unless an exact
     method computed each separately.
 
     Cost: see :func:`trace`.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class _New(click.Path):
-    """A path to write. One that cannot be written is refused before any work."""
+    """A path to write; refused before any work if it cannot be written."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = super().convert(value, param, ctx)
@@ -256,7 +256,7 @@ def _provenance(
 def _networks(
     factory: str, other: str | None, metric: str, setup: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of the library's functions: a network, the other one of an alignment, and inputs; and keywords.
+    """Positional arguments of the library's functions (network, other network of an alignment, inputs) and keywords.
 
     Raises:
         BadInput: a factory cannot be used, or an alignment lacks its other network.
@@ -314,7 +314,7 @@ def check(config_file: Path, predict: bool) -> None:
 
 
 def _warn(config: Config, cells: Sequence[Cell]) -> None:
-    """Print that a grid takes long, and which cells are over the limits, as far as that is known without running it."""
+    """Warn of a long grid and of cells over the limits, as far as is known without running it."""
     from ntkbench.measure import glance
 
     with _one_line():

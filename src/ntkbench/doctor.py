@@ -18,11 +18,11 @@ from ntkbench.registry import Broken
 from ntkbench.units import counted
 
 UNDECLARED = ("jaxlib", "neural-tangents")
-"""Packages that compute but are not declared: one comes with jax, the other requires more than it needs."""
+"""Packages that are used but not declared: jaxlib comes with jax, neural-tangents requires more than it needs."""
 STORED = ("exact/*.json", "weights/*.npz")
 """Files of a store that have a checksum."""
 FLOORS = "requirements-floors.txt"
-"""The requirements file of the lowest versions, which is not that of the tests."""
+"""The requirements file of the lowest allowed versions, which are not those that ntkbench is tested with by default."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Package:
     Attributes:
         name: name under which it is installed.
         required: allowed versions, such as ``">=2.11"``; empty for any.
-        needed_for: the extra that requires it; empty where the library itself does.
-        installed: its version; ``None`` where it is missing.
-        tested: the version that ntkbench's own tests run with; ``None`` where that is not known.
+        needed_for: the extra that requires it; empty if the library itself does.
+        installed: its version; ``None`` if it is missing.
+        tested: the version that ntkbench's own tests run with; ``None`` if that is not known.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """See :func:`diagnose`.
+    """The result of :func:`diagnose`.
 
     Attributes:
         version: of ntkbench.
@@ -92,7 +92,7 @@ class Diagnosis:
         changed: files of the checkout that differ from the commit.
         python: version of the interpreter.
         cores: processor cores that this process may use, and those of the machine.
-        threads: ``$OMP_NUM_THREADS``; ``None`` where it is not set.
+        threads: ``$OMP_NUM_THREADS``; ``None`` if it is not set.
         devices: device of each backend, or why it has none.
         packages: packages that ntkbench imports.
         stores: committed weights and exact values, and the cache.
@@ -213,7 +213,7 @@ def _declared() -> Mapping[str, Sequence[str]]:
 
 
 def _tested() -> dict[str, str]:
-    """Exact versions in the checkout's requirements files, without the lowest ones."""
+    """Pinned versions in the checkout's requirements files, except :data:`FLOORS`."""
     lines = (
         line
         for file in sorted(paths.ROOT.glob("requirements*.txt"))

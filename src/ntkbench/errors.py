@@ -22,7 +22,7 @@ class Unavailable(NtkbenchError):
 
 
 class Missing(Unavailable):
-    """A package that is not installed, or an analysis that a library does not give; methods that do without it work."""
+    """A missing package, or an analysis that a library does not provide; methods that do not need it still work."""
 
 
 class Unsupported(BadInput, Unavailable):
@@ -50,7 +50,7 @@ class Corrupt(NtkbenchError):
 
 
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> BadInput:
-    """The error for a name that does not exist: has the given name, the closest one, and all allowed ones."""
+    """The error for a name that does not exist; its message has the name, the closest one and all allowed ones."""
     names = sorted(allowed)
     close = difflib.get_close_matches(str(value), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -72,7 +72,7 @@ def need(module: str, what: str, install: str) -> None:
     """Check that an optional module is installed; arguments as of :func:`missing`.
 
     Raises:
-        Missing: it is not.
+        Missing: the module is not installed.
     """
     if importlib.util.find_spec(module) is None:
         raise missing(module, what, install)
@@ -87,7 +87,7 @@ LONGEST = 500
 
 
 def one_line(text: str) -> str:
-    """The first non-blank line of a text, printable and encodable for any text."""
+    """The first non-blank line of any text, made printable and encodable."""
     line = next((line for line in text.splitlines() if line.strip()), "").strip()
     line = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
     line = line.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -111,7 +111,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def as_one_line() -> Iterator[None]:
-    """End a command with the message alone if it fails for a reason that its user can act on."""
+    """End a command with only the message of an error that its user can act on."""
     try:
         yield
     except NtkbenchError as error:

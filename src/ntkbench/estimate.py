@@ -50,7 +50,7 @@ THETA = "Theta"
 """The kernel of an estimate that names no other."""
 
 VISIBLE = 1e-4
-"""Relative difference of two values that is more than rounding in any precision."""
+"""Relative difference of two values that exceeds rounding in any precision."""
 
 ROUNDING = 100
 """An interval covers the exact value if it misses it by at most this many machine epsilons, relative to the value."""
@@ -69,7 +69,7 @@ NEAR_ONE = 0.99
 
 
 def rounding_bound(metric: str, epsilon: float, terms: int, certificate: float | None) -> float:
-    """Largest expected rounding error of an exact metric: relative, or of an alignment in the kernels' angle.
+    """Largest expected rounding error of an exact metric: relative, or for an alignment in the kernels' angle.
 
     Rounding errors in a sum of positive terms add up like a random walk, to the square root of the number of terms in
     machine epsilons. Those of the network's own passes are unknown, but comparing two computations of a gradient shows
@@ -93,12 +93,12 @@ def rounding_note(rtol: float) -> str:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Estimate:
-    """One metric of the NTK as one method computed it.
+    """One metric of the NTK, as computed by one method.
 
     A stochastic estimate outside the metric's range is replaced by the nearest possible value, and so is an alignment
     whose ``complement`` is known. A note says so if they differ by more than rounding.
 
-    It compares, formats and computes like its value; two estimates are equal if all of their attributes are.
+    Comparisons, formatting and arithmetic use its value; two estimates are equal if all of their attributes are.
 
     >>> import torch, ntkbench
     >>> estimate = ntkbench.trace(torch.nn.Linear(3, 2), torch.eye(3), method="hutchinson", passes=40)
@@ -117,15 +117,15 @@ class Estimate:
         metric: the metric's name.
         degrees: degrees of freedom of the standard error.
         certificate: the largest relative difference between a gradient that the method used and that of plain autograd;
-            ``None`` where there is no network to compare with.
+            ``None`` if there is no network to compare with.
         complement: 1 - alignment without cancellation, from 0 to 1, if it was computed from the difference of the
             kernels; its standard error is that of the alignment.
-        rounding: the largest expected rounding error (see :func:`rounding_bound`): relative to ``value``, and for an
-            alignment absolute, and with ``complement`` in the angle between the kernels, in radians; ``None`` where it
-            is not known.
-        logarithmic: whether errors are symmetric in the logarithm, also those of an alignment: with y y^T, which is
-            exact but for the norm.
-        kernel: the matrix that the metric is of: Theta, or one that stands for it, as pNTK ⊗ I_O does.
+        rounding: the largest expected rounding error (see :func:`rounding_bound`): relative to ``value``; for an
+            alignment absolute or, with ``complement``, in the angle between the kernels, in radians; ``None`` if it is
+            not known.
+        logarithmic: whether errors are symmetric in the logarithm for any metric, as those of an alignment with y y^T,
+            in which only the norm has a standard error.
+        kernel: the matrix that the metric is of: Theta, or an approximation such as pNTK ⊗ I_O.
     """
 
     value: float
@@ -218,8 +218,8 @@ class Estimate:
     def _with_rounding(self, low: float, high: float) -> tuple[float, float]:
         """An interval, widened by ``rounding``.
 
-        An inner product is rounded relative to the norms of both kernels, also where it is much smaller. Where the
-        difference of the kernels is not computed, rounding near 1 is as large as elsewhere.
+        Rounding of an inner product is relative to the norms of both kernels, even if the product is much smaller. If
+        the difference of the kernels is not computed, rounding near 1 is as large as elsewhere.
         """
         if not self.rounding:
             return low, high
@@ -252,7 +252,7 @@ class Estimate:
         return min(low, c), max(min(high, 1.0), c)
 
     def _reach(self, confidence: float) -> float:
-        """Half of the width of the interval on the scale of the value; infinite if the standard error is unknown."""
+        """Half the width of the interval on the scale of the value; infinite if the standard error is unknown."""
         check_confidence(confidence)
         if not self.standard_error:
             return 0.0
@@ -281,17 +281,17 @@ class Estimate:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Self:
-        """The estimate of :meth:`to_dict`; numbers may be strings such as ``"inf"``."""
+        """The estimate from a result of :meth:`to_dict`; numbers may be strings such as ``"inf"``."""
         return cls(**{name: _read(name, v) for name, v in found.items()})
 
     def to_json(self) -> str:
-        """JSON with the strings ``"nan"``, ``"inf"`` and ``"-inf"``, for which it has no numbers."""
+        """JSON, with the strings ``"nan"``, ``"inf"`` and ``"-inf"`` for numbers that are not finite."""
         finite = lambda v: str(v) if isinstance(v, float) and not math.isfinite(v) else v  # noqa: E731
         return json.dumps({name: finite(v) for name, v in self.to_dict().items()})
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The estimate of :meth:`to_json`."""
+        """The estimate from a result of :meth:`to_json`."""
         return cls.from_dict(json.loads(text))
 
     def __float__(self) -> float:
@@ -403,7 +403,7 @@ class Estimate:
         return f"rounding up to {rounding:.1e}" if rounding else ""
 
     def _distance_to_one(self) -> str:
-        """1 - alignment in words where the alignment is close to 1; empty elsewhere."""
+        """1 - alignment in words if the alignment is close to 1, else empty."""
         if self.complement is None or self.value < NEAR_ONE:
             return ""
         error = _words(self.complement, *self.complement_interval()) if self.standard_error else ""
@@ -411,7 +411,7 @@ class Estimate:
 
 
 def _words(value: float, low: float, high: float) -> str:
-    """An interval in words; its reach where its ends differ too little from each other to be printed."""
+    """An interval in words, or the larger distance of its ends from the value if both ends print alike."""
     if math.isinf(low):
         return "error unknown"
     if f"{low:.6g}" == f"{high:.6g}":
@@ -420,7 +420,7 @@ def _words(value: float, low: float, high: float) -> str:
 
 
 def _turned(complement: float, angle: float) -> float:
-    """1 - cos of an angle that is larger than that of 1 - cos = ``complement`` by ``angle``, and not negative."""
+    """1 - cos(a + ``angle``) for 1 - cos(a) = ``complement``, with the sum clipped to [0, pi]."""
     half = math.asin(math.sqrt(min(complement / 2, 1.0)))
     return 2 * math.sin(min(max(half + angle / 2, 0.0), math.pi / 2)) ** 2
 

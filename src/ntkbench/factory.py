@@ -30,7 +30,7 @@ def {name}():
     """The network of {factory}."""
     return factories.definition({factory!r}, {folder!r}, {known!r})
 '''
-"""A problem as a plug-in. Its text, and so the fingerprints of its rows, changes with what is known of the network."""
+"""A problem as a plug-in. Its text, and so the fingerprints of its rows, depends on what is known of the network."""
 DESCRIBE = "import sys; from ntkbench.problems.base import factories; factories.describe(*sys.argv[1:])"
 
 
@@ -47,11 +47,13 @@ class Made(NamedTuple):
 
 
 def make(name: str, folder: str | None = None) -> Made:
-    """What the function of a name returns. What it prints goes to standard error, as results go to standard output.
+    """Call a user's function by its name, and return its result.
+
+    What it prints goes to standard error, as results go to standard output.
 
     Args:
         name: ``module:function``, with a module of the folder or an installed one.
-        folder: the current one if not given.
+        folder: folder of the module; the current one if not given.
 
     Raises:
         BadInput: there is no such function, or it fails, or it returns something else; says what.
@@ -94,7 +96,7 @@ def make(name: str, folder: str | None = None) -> Made:
 
 
 def as_problems(factories: Mapping[str, str]) -> None:
-    """Make problems of factories, under names of their own, in this process and in those that it starts.
+    """Register factories as problems under given names, in this process and in those that it starts.
 
     Their networks stay untrained. Each function is called once, in a process of its own. A process that loads the
     problem later refuses it if its source files, weights or inputs have changed.

@@ -46,10 +46,10 @@ Part = Callable[..., Any]
 """A kernel as a function of rows and columns (see :mod:`ntkbench.operators.ranges`); without them, the whole kernel."""
 
 Way = Callable[..., tuple[Part, Ledger]]
-"""Prepares a kernel, from a problem, the inputs of the columns, how it is computed, a target and a seed."""
+"""A function that prepares a kernel from a problem, inputs of the columns, a kind of kernel, a target and a seed."""
 
 WRITTEN_OUT = 2**22
-"""Entries of J up to which writing it out takes less time than tracing the network, for the first use of a kernel."""
+"""Entries of J up to which writing it out is faster than tracing the network, at the first use of a kernel."""
 
 SMALL = 1024
 """Largest number of outputs for which :meth:`Kernel.eigenvalues` decomposes the whole matrix."""
@@ -65,7 +65,7 @@ ALIGNED = 4
 """The same for the alignment with a matrix."""
 
 SHARE = 8
-"""Where these do not fit, a block of Theta in float64 fills at most this fraction of the memory."""
+"""If these do not fit, a block of Theta in float64 fills at most 1 / SHARE of the memory."""
 
 
 class Setup(TypedDict, total=False):
@@ -84,10 +84,10 @@ class Setup(TypedDict, total=False):
 class Kernel:
     """Theta = J J^T of a network on some inputs, with J the Jacobian of all outputs with respect to all parameters.
 
-    The network is checked, copied and traced once; kernels and metrics share that, and so do kernels at other weights
-    (:meth:`at`). theta is every parameter with ``requires_grad=True``, or those that ``parameters`` names; a tensor
-    tied under several names counts once. The network is never changed, and is evaluated in its current mode: train-mode
-    BatchNorm is fine (its samples interact, which rules some methods out), train-mode Dropout is not.
+    The network is checked, copied and traced once for all kernels and metrics, also at other weights (:meth:`at`).
+    theta is every parameter with ``requires_grad=True``, or those that ``parameters`` names; a tensor tied under
+    several names counts once. The network is never changed, and is evaluated in its current mode: train-mode BatchNorm
+    is allowed (its samples interact, which rules some methods out), train-mode Dropout is not.
 
     Cost: some passes for checks (see :func:`ntkbench.from_module`). The trace is made when it is first needed, and one
     plain backward pass certifies each new set of weights.
@@ -100,12 +100,12 @@ class Kernel:
     12 (structured_derivatives, 2 passes)
 
     Args:
-        model: an ``nn.Module``, or a JAX function ``f(params, x)`` with ``params``. It gives ``[N, ...outputs]``;
+        model: an ``nn.Module``, or a JAX function ``f(params, x)`` with ``params``. It returns ``[N, ...outputs]``;
             everything after the first axis counts as the O outputs of a sample.
         inputs: N samples: a tensor ``[N, ...]``, any pytree of tensors with a common first axis, or a ``DataLoader``,
             whose batches are joined on the host; one that shuffles is read in the order of its dataset.
-        call: ``call(model, inputs)`` gives the outputs; by default ``model(inputs)``, ``model(*inputs)`` of a tuple or
-            list, ``model(**inputs)`` of a mapping. Functions given here and as ``output`` are not copied: what they
+        call: ``call(model, inputs)`` returns the outputs; by default ``model(inputs)``, ``model(*inputs)`` for a tuple
+            or list, ``model(**inputs)`` for a mapping. Functions given here and as ``output`` are not copied: what they
             use besides their arguments must not change.
         output: which outputs count: an index into the axes after the first (``3`` for the class f[:, 3], ``-1`` for
             the last step f[:, -1], a tuple for several axes, a list for several classes), or a function of the outputs.
@@ -178,16 +178,16 @@ class Kernel:
         """tr(Theta Theta') / (||Theta||_F ||Theta'||_F) with another kernel Theta'; see :func:`ntkbench.alignment`.
 
         Args:
-            other: another :class:`Kernel` on as many samples and outputs; a network, which is taken on the same inputs;
+            other: another :class:`Kernel` on as many samples and outputs; a network, evaluated on the same inputs;
                 values of the parameters by name (a pytree, for a JAX function); or a target: a tensor y like the
                 outputs, ``[N, O]`` or ``[n]``, for the kernel y y^T, or a matrix ``[n, n]``, or ``[N, N]`` for
-                A ⊗ I_O. What ``parameters`` names counts in the other network as well. For y the method must give the
-                norm of Theta itself. A matrix takes all of Theta, block by block, and no method, passes or rtol.
+                A ⊗ I_O. ``parameters`` selects from the other network as well. For y the method must give the
+                norm of Theta itself. A matrix uses all of Theta, block by block, and takes no method, passes or rtol.
             keywords: see :class:`ntkbench.options.Options`.
 
         Raises:
             BadInput: there are no such weights, or the two kernels are not of the same outputs; or a target may be
-                either y or a matrix, as N = O; or as for the others.
+                either y or a matrix, as N = O; or as for :func:`ntkbench.trace`.
         """
         asked = options.asked(keywords)
         ladder.check(("alignment",), asked)
@@ -196,7 +196,7 @@ class Kernel:
         return self._beside(other)._estimates(("alignment",), asked)["alignment"]
 
     def metrics(self, other: Any = None, **keywords: Unpack[OptionKeywords]) -> Estimates:
-        """All metrics by name, with ``other`` the alignment too, from the same probes.
+        """All metrics by name, from the same probes; with ``other`` the alignment too.
 
         ``other`` is as for :meth:`alignment`. See :func:`ntkbench.metrics_of`.
         """
@@ -261,7 +261,7 @@ class Kernel:
     ) -> Costs:
         """Predicted costs of each method for a metric to a tolerance; see :func:`ntkbench.recommend`.
 
-        ``other`` is as for :meth:`alignment`, where it is another kernel or set of weights.
+        ``other`` is another kernel, network or set of weights, as for :meth:`alignment`.
         """
         from ntkbench import cost
 
@@ -282,7 +282,7 @@ class Kernel:
     ) -> Trials:
         """Measured results and costs of methods for a metric; see :func:`ntkbench.compare`.
 
-        ``other`` is as for :meth:`alignment`, where it is another kernel or set of weights.
+        ``other`` is another kernel, network or set of weights, as for :meth:`alignment`.
         """
         from ntkbench import trials
 
@@ -335,7 +335,7 @@ class Kernel:
             return self._at_once(part, problem, rows, None if columns is None else len(columns))
 
     def _at_once(self, part: Part, problem: Problem, rows: int, N2: int | None = None) -> Any:
-        """All of a kernel with this number of rows per sample; its columns are those of N2 samples, or its rows.
+        """All of a kernel with this number of rows per sample; its columns are of N2 samples, or the same as its rows.
 
         Raises:
             OverMemory: the device cannot hold it.
@@ -374,7 +374,7 @@ class Kernel:
     def _in_parts(self, problem: Problem, columns: Any, chosen: SampleKernel, seed: int) -> tuple[Part, Ledger]:
         """A kernel as a function of rows and columns, by the fastest method that works; without them, all of it.
 
-        The ledger counts the passes of the methods that failed as well, and notes why they did.
+        The ledger also counts the passes of the methods that failed, and notes why they did.
         """
         ways = self._ways(problem, columns)
         prepared: list[tuple[Part, Ledger]] = []
@@ -427,8 +427,8 @@ class Kernel:
             seed: seed of the first block.
 
         Returns:
-            ``values [top]``, ``errors [top]`` (each value is within that distance of an eigenvalue, with the expected
-            rounding of the network's own passes), ``passes``.
+            ``values [top]``, ``errors [top]`` (each value is within that distance of an eigenvalue, including the
+            expected rounding of the network's own passes), ``passes``.
         """
         from ntkbench.estimators import lanczos
         from ntkbench.operators import linearise
@@ -482,7 +482,7 @@ class Kernel:
         return top, passes, seed
 
     def _whole(self, matrices: int) -> tuple[np.ndarray, float, tuple[str, ...]] | None:
-        """Theta in float64 on the host, the passes that were spent on it, and notes on how.
+        """Theta in float64 on the host, the passes spent on it, and notes.
 
         It is ``None`` if this number of float64 matrices does not fit in memory beside the kernel.
         """
@@ -537,8 +537,8 @@ class Kernel:
     ) -> Regression:
         """Kernel regression Theta(x', x) (Theta + ridge I)^-1 y at other inputs x', for targets y at its own inputs.
 
-        It is the mean of a Gaussian process with covariance Theta and noise ``ridge``. The network that is linearised
-        at its weights and trained on y to convergence predicts ``f(x') + regress(x', y - f(x))``.
+        It is the mean of a Gaussian process with covariance Theta and noise ``ridge``. The network, linearised at
+        its weights and trained on y to convergence, predicts ``f(x') + regress(x', y - f(x))``.
 
         Cost: that of :meth:`solve`, and one pass over each set of inputs, in float64 if the network runs in float64. No
         kernel between the two is formed.
@@ -594,7 +594,7 @@ class Kernel:
     def _columns(self, inputs: Any) -> tuple[Problem, Any]:
         """A problem that also holds other inputs, and these inputs, for a kernel between the two.
 
-        A batch of one sample does not show whether samples interact: it is tested beside the others.
+        A batch of one sample does not show whether samples interact, so it is tested together with the other inputs.
 
         Raises:
             BadInput: the inputs are not like those of this kernel, or samples interact.
@@ -611,10 +611,10 @@ class Kernel:
         )
 
     def _like_outputs(self, y: Any) -> np.ndarray:
-        """Numbers y like the outputs, in float64.
+        """The array y, shaped like the outputs, in float64.
 
         Raises:
-            BadInput: they are not.
+            BadInput: it has another shape, or is not real and finite.
         """
         try:
             given = to_numpy(y.detach() if hasattr(y, "detach") else y)
@@ -629,7 +629,7 @@ class Kernel:
         return given.astype(np.float64)
 
     def _shapes_of_outputs(self) -> list[tuple[int, ...]]:
-        """The shapes that numbers like the outputs may have. Others may have their axes in another order."""
+        """The shapes that arrays like the outputs may have. In others the axes may be in another order."""
         p = self.problem
         return list(dict.fromkeys([p.output_shape, (p.N, p.O), (p.n,)]))
 
@@ -675,13 +675,13 @@ class Kernel:
         return found
 
     def _derived(self, problem: Problem) -> Kernel:
-        """The same on another problem of the same inputs."""
+        """A copy of this kernel with another problem."""
         made = copy.copy(self)
         made.problem = problem
         return made
 
     def _beside(self, other: Any) -> Kernel:
-        """This kernel with another one at the other end of an alignment."""
+        """This kernel, paired with another one for an alignment."""
         from ntkbench.problems.base.module import paired
 
         if isinstance(other, Kernel) and other._target.backend != self._target.backend:
@@ -724,7 +724,7 @@ class Kernel:
         return found
 
     def _checked_target(self, given: Any, asked: Options) -> np.ndarray:
-        """The target of an alignment: numbers like the outputs ``[n]``, of length 1, or a matrix of any scale.
+        """The target of an alignment: an array like the outputs, ``[n]`` and of length 1, or a matrix of any scale.
 
         Raises:
             BadInput: it is neither, or may be both; or the options do not apply to it.
@@ -756,7 +756,7 @@ class Kernel:
         return target
 
     def _check_gives_norm(self, name: str) -> None:
-        """Refuse a method without the norm of Theta itself, by which y^T Theta y is divided.
+        """Refuse a method that does not give the norm of Theta itself, by which y^T Theta y is divided.
 
         Raises:
             BadInput: says what is allowed.
@@ -779,7 +779,7 @@ class Kernel:
 
         Args:
             target: y of length 1, or a matrix.
-            asked: the requested options; ``passes`` pay for everything.
+            asked: the requested options; ``passes`` is the total budget.
             own: metrics of this kernel that are computed as well, the norm among them.
         """
         return (self._with_labels if target.ndim == 1 else self._with_matrix)(target, asked, own)
@@ -845,10 +845,10 @@ class Kernel:
         return [(rows, columns) for i, rows in enumerate(ranges) for columns in ranges[: i + 1]]
 
     def _less_one_pass(self, asked: Options, names: Sequence[str]) -> Options:
-        """The options of some metrics if one pass of the budget is kept.
+        """The options of some metrics, with one pass less in the budget.
 
         Raises:
-            BadInput: the rest is too small.
+            BadInput: the remaining budget is too small.
         """
         from ntkbench import methods
 
@@ -918,7 +918,7 @@ def _in_jax(problem: Problem, columns: Any) -> list[Way]:
                 spent += K * (sum(each.stop - each.start for each in ends) / rows if where else 1)
                 return found
 
-            return part, lambda: (spent, (), None)  # neural-tangents counts no passes: those of rows and columns
+            return part, lambda: (spent, (), None)  # neural-tangents counts no passes; these are of rows and columns
 
         return prepare
 
@@ -965,7 +965,7 @@ def _on_columns(problem: Problem, columns: Any) -> Problem:
 
 
 def _interact(problem: Problem, columns: Any) -> bool:
-    """Whether the only sample of a problem interacts with some others."""
+    """Whether the only sample of a problem interacts with some of the other inputs."""
     from ntkbench.problems.base.function import from_function
     from ntkbench.problems.base.module import TOGETHER, from_module
 
@@ -990,7 +990,8 @@ def _aligned(norm: Estimate, square: float, j: JacobianOperator) -> Estimate:
     """The alignment with y y^T for y of length 1, from ||Theta||_F and y^T Theta y = ||J^T y||^2.
 
     Rounding changes row i of J by a share of its norm, and J^T y by at most that share of sum_i |y_i| ||J_i||, which is
-    at most the root of tr Theta <= min(n, P)^(1/2) ||Theta||_F. It is large where the rows cancel, as for centred y.
+    at most the square root of tr Theta <= min(n, P)^(1/2) ||Theta||_F. It is large if the rows cancel, as for centred
+    y.
 
     Raises:
         Undefined: Theta is zero.
@@ -1052,5 +1053,5 @@ def _entries(target: np.ndarray, rows: slice, columns: slice, n: int) -> np.ndar
 
 
 def _inner(one: np.ndarray, other: np.ndarray) -> float:
-    """Sum of the products of corresponding entries, without an array of these."""
+    """Sum of the products of corresponding entries, without storing the products."""
     return float(np.einsum("ij,ij->", one, other))

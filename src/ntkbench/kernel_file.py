@@ -31,10 +31,10 @@ FORMAT = 1
 """Version of the progress file."""
 
 SHARE = 8
-"""A rectangle fills at most this fraction of the memory; the rest is for computing it."""
+"""A rectangle fills at most 1 / SHARE of the memory; the rest is for computing it."""
 
 STRIP = 64
-"""Rows of a rectangle that are copied into the order of the file at a time."""
+"""Rows of a rectangle that are copied to contiguous memory at a time."""
 
 BINARY = getattr(os, "O_BINARY", 0)
 """Without it, Windows writes a line feed as two bytes."""
@@ -189,7 +189,7 @@ class KernelFile:
             )
 
     def _created(self) -> int:
-        """Create the file at its full size; it gets its name only then."""
+        """Create the file at its full size under a temporary name, then rename it."""
         half = self.path.with_name(f".{self.path.name}.half")
         descriptor = os.open(half, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
         try:

@@ -1,4 +1,4 @@
-"""The order in which ``auto`` tries methods for a metric, and how it goes on if one fails."""
+"""The order in which ``auto`` tries methods for a metric, and its fallbacks."""
 
 from __future__ import annotations
 
@@ -38,39 +38,39 @@ EXACT = {
         "batched_jacobian",
     ),
 }
-"""Exact methods of ``method="auto"``, tried in the order of their operations (see :func:`work`), and in this one where
-these are equal."""
+"""Exact methods of ``method="auto"``, tried in the order of their operations (see :func:`work`); ties keep this
+order."""
 
 HEAD, NARROW = "wide_head", 0.5
-"""Used if it takes at most this share of the passes of the whole network: its set-up and certificate are separate."""
+"""Used if it takes at most this share of the passes of the whole network: it has its own set-up and certificate."""
 
 DENSE = 2.0
-"""Operations per second of products of large matrices, relative to those of passes; 1 for passes by layers and on
-recurrences."""
+"""Operations per second of products of large matrices, relative to those of passes; passes by layers and of recurrences
+are as fast as the products."""
 
 CLEAR = 2.0
-"""Ratio of operations below which an exact value is worth more than an estimate of no fewer passes; rates are not known
-better than to this factor."""
+"""Largest ratio of operations at which an exact value is preferred to an estimate with at least as many passes; rates
+are known only to about this factor."""
 
 CLOSE = 1.25
-"""The same where both are within a tolerance."""
+"""The same with ``rtol``, for any number of passes."""
 
 HOLDS_NO_ROWS = ("recurrent_exact_trace", HEAD, "structured_derivatives", "parameter_gram", "nt_structured_derivatives")
 """Exact methods that do not keep J; the others recompute rows for every pair of blocks that do not fit in memory."""
 
 SURELY = 4.0
-"""Ratio of operations from which on a method that was given up is taken up again. The numbers of probes that both need
-follow from a first look, each to a factor of 2."""
+"""Ratio of operations at which an abandoned method is resumed. The number of probes that each method needs is predicted
+from its first check, to a factor of 2."""
 
 TYPICAL = 2.5
-"""Probes that a tolerance takes, relative to the fewest possible; 2 to 3 in the study ``auto_choice``. The errors of an
-alignment are often smaller, so that this is 1 for it."""
+"""Probes that a tolerance takes, relative to the fewest possible; 2 to 3 in the study ``auto_choice``. For an alignment
+it is 1, since its errors are often smaller."""
 
 RUN = 2e7
-"""Operations that take as long as what a run of the network takes for each of its layers, however many its probes."""
+"""Overhead of a run for each layer of the network, in operations; it does not depend on the number of probes."""
 
 TOLERANCE_PASSES = 4096
-"""Maximum number of passes to a tolerance if no budget is given."""
+"""Maximum number of passes with ``rtol`` if no budget is given."""
 
 HEAD_PAIRS = "wide_head_u_statistics"
 """Tried before other estimators if a shorter head has at most the share :data:`NARROW` of the outputs."""
@@ -111,7 +111,7 @@ class Cost(NamedTuple):
 
     Attributes:
         passes: number of passes.
-        work: operations, with those of passes :data:`DENSE` times and with :data:`RUN` for each run.
+        work: operations; those of passes count :data:`DENSE` times, and each run adds :data:`RUN` per layer.
     """
 
     passes: float
@@ -144,7 +144,7 @@ def concerns_all_methods(error: Exception) -> bool:
 
 
 Prepare = Callable[[Method], Any]
-"""The result of :meth:`Method.prepare` for a problem."""
+"""Returns the result of :meth:`Method.prepare` for a problem."""
 
 
 def estimates(problem: Problem, names: Sequence[str], target: Target, options: Options, prepare: Prepare) -> Estimates:
@@ -163,7 +163,7 @@ def estimates(problem: Problem, names: Sequence[str], target: Target, options: O
         Unavailable: the device is not available.
         Undefined: the kernel has no such metric.
     """
-    metric = names[-1]  # one method for all: the cost of the most expensive metric is affordable for the others
+    metric = names[-1]  # one method for all: if it is affordable for the most expensive metric, it is for the others
     if options.method != "auto":
         chosen = methods.get(options.method)
         return Estimates(_named(lambda: _by(problem, names, target, options, prepare, chosen), chosen, names))
@@ -179,12 +179,12 @@ def estimates(problem: Problem, names: Sequence[str], target: Target, options: O
 
 
 class _Search:
-    """The costs and the remarks of the methods that were tried.
+    """Costs and remarks of the methods that were tried.
 
     Attributes:
         exact: remaining exact methods, the cheapest first, with the passes that each takes.
         remarks: why others were not used, and what was tried first.
-        given_up: methods that were given up because other methods cost less, with the operations that each needs.
+        given_up: methods that were abandoned because others cost less, with the operations that each needs.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class _Search:
         self.given_up: dict[str, float] = {}
 
     def tried(self, name: str, limit: Cost = UNLIMITED) -> Estimates | None:
-        """Estimates by a method, or by an exact one if that costs less than a tolerance; ``None`` if it fails.
+        """Estimates by a method, or by an exact one if the tolerance would cost more; ``None`` if it fails.
 
         Args:
             limit: what an exact method may cost.
@@ -248,7 +248,7 @@ class _Search:
         return Estimates({key: self._noted(each) for key, each in found.items()})
 
     def _is_within_budget(self, method: Method) -> bool:
-        """Whether a budget of the user's own pays for all metrics, if the method computes each of them separately."""
+        """Whether the user's budget covers all metrics, if the method computes each of them separately."""
         if self._options.passes is None or isinstance(method, Stochastic):
             return True
         needed = (method.passes_needed(self._problem, metric, self._target) for metric in self._names)
@@ -257,11 +257,11 @@ class _Search:
     def _stopping(self, method: Method, left: float) -> Stopping:
         """When a method gives up a tolerance.
 
-        Probes are limited to those that are worthwhile, or, once another method was given up, to those that do not cost
-        much more than that one; but a budget of the user's own is better spent on accurate probes.
+        The number of probes is limited to what is worthwhile or, once another method was abandoned, to what does not
+        cost much more than that method. A budget that the user gives is spent on accurate probes, without this limit.
 
         Args:
-            left: passes that are left of the budget.
+            left: remaining passes of the budget.
         """
         if not isinstance(method, Incremental):
             return Stopping()
@@ -281,7 +281,7 @@ class _Search:
         return Stopping(passes, cost, most, lambda probes: self._products(method, probes) / of_pass)
 
     def _is_like_given_up(self, method: Method) -> bool:
-        """Whether a method takes inner products of gradients, as one that was given up for them does."""
+        """Whether a method takes inner products of gradients, for whose cost another one was abandoned."""
         if not self.given_up or method.name in self.given_up or not isinstance(method, Incremental):
             return False
         return method.worthwhile_probes(self._problem) < math.inf
@@ -291,7 +291,7 @@ class _Search:
         return method.products(self._problem, metric, probes * method.passes_per_probe(metric))
 
     def _work(self, method: Stochastic, probes: float) -> float:
-        """Operations of a number of probes, without those of a run."""
+        """Operations of a number of probes, without the overhead of a run."""
         of_passes = probes * method.passes_per_probe(self._names[-1]) * _work_of_pass(self._problem, method)
         return of_passes + self._products(method, probes)
 
@@ -314,11 +314,11 @@ def _steps(
 ) -> Iterator[tuple[str, Cost]]:
     """Methods in the order in which they are tried, and the cost that each may have if it is exact.
 
-    Before each estimator come the exact methods that cost no more than it does, and at the end the others.
+    Before each estimator come the exact methods that cost no more than it does; the other exact methods come last.
 
     Args:
-        exact: remaining exact methods, with their passes. The consumer of the iterator also removes a method from
-            these, or puts it back with more passes.
+        exact: remaining exact methods, with their passes. The consumer of the iterator also removes methods from
+            this dict, or puts one back with more passes.
     """
     for name in _estimators(problem, metric, target):
         expected = _expected(problem, metric, target, options, methods.stochastic(name))
@@ -342,12 +342,12 @@ def _is_within(problem: Problem, metric: str, name: str, passes: float, limit: C
 
 
 def _expected(problem: Problem, metric: str, target: Target, options: Options, method: Stochastic) -> Cost:
-    """Cost that a method is expected to have; an exact method with no larger one is tried first.
+    """Expected cost of a method; exact methods that cost no more are tried first.
 
-    To a tolerance it is that of the passes before the error is first checked. If that is too early, it includes those
-    of a further run; for a trace, whose number of probes is not known, always. The error of few probes is extrapolated
-    as a square root, so that a further run takes more probes than are needed in the end. It is 0 if the method does not
-    apply, and that of the whole budget if one is given.
+    Without a tolerance it is that of the budget. With one it is that of the passes before the error is first checked;
+    if that is too early, a further run is included, and for a trace, whose number of probes is not known, always. The
+    error of few probes is extrapolated as a square root, so that a further run takes more probes than are needed in the
+    end. The cost is 0 if the method does not apply or takes no tolerance.
     """
     if method.unsupported_reason(problem, metric, target) is not None:
         return Cost(0.0, 0.0)
@@ -387,7 +387,7 @@ def _work_of_pass(problem: Problem, method: Method) -> float:
 
 
 def _work_of_run(problem: Problem, metric: str) -> float:
-    """What is independent of the number of probes; not counted for a recurrence, whose exact trace takes many runs."""
+    """The overhead of a run; not counted for a recurrence, whose exact trace takes many runs."""
     if declares(problem.module):
         return 0.0
     return RUN * operations.ends(metric) * max(1, len(operations.count(problem).layers))
@@ -434,7 +434,7 @@ def choices(
 
 
 def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, float]:
-    """The exact methods that apply, the one of the fewest operations first, with their passes if everything fits."""
+    """The exact methods that apply, in the order of their operations, with their passes if everything fits."""
     ends = len(metrics.parameter_sets(metric))
     found = {}
     for name in EXACT[target.backend]:
@@ -454,7 +454,7 @@ def exact_methods(problem: Problem, metric: str, target: Target) -> dict[str, fl
 
 
 def _is_short(problem: Problem, metric: str, target: Target) -> bool:
-    """Whether probes in the hidden dimension of a head have far fewer outputs, and no more than parameters."""
+    """Whether a shorter head has far fewer outputs than the original, and no more than there are parameters."""
     if declares(problem.module) or methods.get(HEAD_PAIRS).unsupported_reason(problem, metric, target) is not None:
         return False
     share = wide.share(problem, metric)
@@ -462,7 +462,7 @@ def _is_short(problem: Problem, metric: str, target: Target) -> bool:
 
 
 def _estimators(problem: Problem, metric: str, target: Target) -> list[str]:
-    """The methods with random probes, in the order in which they are tried."""
+    """Estimators in the order in which they are tried."""
     independent, whole = STOCHASTIC[metric]
     if declares(problem.module):
         # Traced layer by layer, a recurrence is unrolled.
@@ -492,16 +492,16 @@ def _worth(problem: Problem, metric: str, method: Stochastic) -> float:
 
 
 def least_passes(problem: Problem, names: Sequence[str], method: Stochastic) -> int:
-    """The smallest budget for several metrics, which share their probes if the method can add some."""
+    """The smallest budget for several metrics, which share their probes if the method can add probes."""
     each = [method.least_passes(problem, metric) for metric in names]
     return max(each) if isinstance(method, Incremental) else sum(each)
 
 
 def _budgets(problem: Problem, names: Sequence[str], method: Method, passes: int | None) -> dict[str, int | None]:
-    """The passes of each metric: all if metrics share their probes, or else a part in proportion to the fewest.
+    """The budget of each metric: all if metrics share their probes, else a part in proportion to its smallest budget.
 
     Raises:
-        BadInput: there are too few for all metrics together.
+        BadInput: the budget is too small for all metrics together.
     """
     if passes is None or not isinstance(method, Stochastic) or isinstance(method, Incremental) or len(names) == 1:
         return dict.fromkeys(names, passes)
@@ -523,7 +523,7 @@ def _together(found: Mapping[str, Estimate], budgets: Mapping[str, int | None], 
 
 
 def check(names: Sequence[str], options: Options) -> None:
-    """Refuse a method that does not exist, and options that it does not have.
+    """Refuse a method that does not exist, and options that it does not take.
 
     Raises:
         BadInput: says what is allowed.
@@ -548,7 +548,7 @@ def check_range(problem: Problem, names: Sequence[str], target: Target) -> None:
     Cost: one plain backward pass for each parameter set of a problem.
 
     Raises:
-        Underflow: they do; says what helps.
+        Underflow: the squares underflow; says what helps.
     """
     smallest = _smallest(target)
     limit = problem.P * smallest

@@ -38,7 +38,7 @@ SPECTRAL = ("largest_eigenvalue", "condition_number", "entropy_effective_rank")
 """Metrics of the eigenvalues."""
 REGRESSION = "regression_error"
 OF_KERNEL = (*SPECTRAL, REGRESSION)
-"""Metrics that take the whole of Theta, or of a kernel that stands for it."""
+"""Metrics that use all of Theta, or of a kernel that approximates it."""
 MOMENTS = {
     "trace": ("trace",),
     "norm": ("square",),
@@ -65,7 +65,7 @@ def check(metric: str) -> None:
     """Check that a metric exists.
 
     Raises:
-        BadInput: it does not.
+        BadInput: there is no such metric.
     """
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
@@ -77,10 +77,10 @@ def parameter_sets(metric: str) -> tuple[str, ...]:
 
 
 def check_any(metric: str) -> None:
-    """Check that a metric exists, those of the whole kernel included.
+    """Check that a metric exists, including those of the whole kernel.
 
     Raises:
-        BadInput: it does not.
+        BadInput: there is no such metric.
     """
     if metric not in (*METRICS, *OF_KERNEL):
         raise unknown("metric", metric, (*METRICS, *OF_KERNEL))
@@ -93,10 +93,10 @@ def of_eigenvalues(metric: str, values: np.ndarray, *, copies: int = 1, error: f
         metric: one of :data:`SPECTRAL`.
         values: eigenvalues of A in any order; rounding may make them negative.
         copies: size of the identity matrix.
-        error: of an eigenvalue.
+        error: error bound of an eigenvalue.
 
     Raises:
-        Undefined: A is zero, or the condition number is asked for and the smallest eigenvalue may be zero.
+        Undefined: A is zero, or the condition number is requested and the smallest eigenvalue may be zero.
     """
     values = np.maximum(values, 0.0)
     largest, smallest = float(values.max()), float(values.min())
@@ -146,7 +146,7 @@ class Moments:
         return Moments(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Moments)))
 
     def metric(self, name: str) -> float:
-        """The value of a metric; an alignment is at most 1 where the difference of the kernels was computed.
+        """The value of a metric; an alignment is at most 1 if the difference of the kernels was computed.
 
         Raises:
             BadInput: no such metric.
@@ -169,9 +169,9 @@ class Moments:
 
     @property
     def complement(self) -> float:
-        """1 - alignment; ``nan`` where the difference of the kernels was not computed.
+        """1 - alignment; ``nan`` if the difference of the kernels was not computed.
 
-        Where the kernels are close, it is computed from their difference D and has as many digits as D:
+        If the kernels are close, it is computed from their difference D and has as many digits as D:
         1 - A^2 = (||Theta||^2 ||D||^2 - tr(Theta D)^2) / (||Theta||^2 ||Theta_f||^2), and 1 - A = (1 - A^2) / (1 + A).
 
         Raises:
@@ -312,7 +312,7 @@ class MomentSums:
             self.difference_cross += copies * inner_product(one, difference)
 
     def moments(self) -> Moments:
-        """The moments so far; those of a second kernel are ``nan`` where there was none."""
+        """The moments so far; those of a second kernel are ``nan`` if there was none."""
         own = float(self.trace), float(self.square)
         both = self.square_f, self.cross, self.difference, self.difference_cross
         return Moments(*own, *map(float, both)) if self._pairs else Moments(*own)

@@ -17,7 +17,7 @@ from ntkbench.errors import BadInput, summary
 
 
 def copied(module: nn.Module, role: str = "the model") -> nn.Module:
-    """A deep copy, with the hooks on parameters, which tensors lose when they are copied.
+    """A deep copy that keeps the hooks on parameters, which copied tensors lose.
 
     Tensors that belong to a graph or to inference mode become ordinary ones with the same ``requires_grad``.
 
@@ -40,14 +40,14 @@ def copied(module: nn.Module, role: str = "the model") -> nn.Module:
 
 
 def beside(module: nn.Module) -> nn.Module:
-    """A copy that shares parameters and buffers, so that what a call leaves in other attributes is not kept."""
+    """A copy that shares parameters and buffers, but not other attributes, which a call may change."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     with _OrdinaryTensors(), torch.no_grad():
         return copy.deepcopy(module, shared)
 
 
 def cast(module: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
-    """Bring a module to a real precision, in place; complex tensors become complex ones of that precision."""
+    """Convert a module to a real precision, in place; complex tensors become complex ones of that precision."""
 
     def to(tensor: Tensor) -> Tensor:
         if tensor.is_complex():
@@ -58,14 +58,14 @@ def cast(module: nn.Module, dtype: torch.dtype, device: torch.device | None = No
 
 
 def called(module: nn.Module, x: Tensor) -> Any:
-    """``module(x)`` with a backward pass, which cuDNN refuses to recurrent layers in eval mode."""
+    """``module(x)``, with cuDNN off for recurrent layers in eval mode, whose backward pass it refuses."""
     refused = any(isinstance(layer, nn.RNNBase) and not layer.training for layer in module.modules())
     with torch.backends.cudnn.flags(enabled=False, allow_tf32=False) if refused else contextlib.nullcontext():
         return module(x)
 
 
 def with_values(module: nn.Module, values: Mapping[str, Tensor], inputs: tuple[Any, ...]) -> Any:
-    """``torch.func.functional_call``, which alone would leave the values in a submodule that has several names."""
+    """``torch.func.functional_call`` that also restores submodules with several names, in which values would stay."""
     names: dict[nn.Module, int] = {}
     for _, layer in module.named_modules(remove_duplicate=False):
         names[layer] = names.get(layer, 0) + 1
@@ -117,7 +117,7 @@ class _OrdinaryTensors(TorchFunctionMode):
         if function is Tensor.__deepcopy__:
             tensor, memo = args
             if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-                memo[id(tensor)] = made = torch.empty(0)  # left behind by a transform, which took the value with it
+                memo[id(tensor)] = made = torch.empty(0)  # left behind by a transform; its value is gone
                 return made
             if not tensor.is_leaf or tensor.is_inference():
                 made = tensor.detach().clone().requires_grad_(tensor.requires_grad)
@@ -140,13 +140,13 @@ def _no_copy(module: nn.Module, made: object) -> str:
 
 
 def _by_own_code(module: nn.Module) -> str:
-    """Whose ``__deepcopy__`` copies a module, as it stands in a message."""
+    """Classes in a module with a ``__deepcopy__`` of their own, worded for a message."""
     names = dict.fromkeys(type(layer).__name__ for layer in module.modules() if hasattr(type(layer), "__deepcopy__"))
     return f" by the __deepcopy__ of {', '.join(names)}" if names else ""
 
 
 def _uncopyable(module: nn.Module) -> Iterator[str]:
-    """Names of attributes that cannot be copied, as they stand in a message."""
+    """Names of attributes that cannot be copied, worded for a message."""
     for path, layer in module.named_modules():
         for key, value in vars(layer).items():
             if key != "_modules":

@@ -31,7 +31,7 @@ class Layer(NamedTuple):
 
 
 class Count(NamedTuple):
-    """What a forward pass consists of.
+    """Counts of a forward pass.
 
     Attributes:
         multiplications: of matrix products and convolutions, for all samples; at least one for each parameter and
@@ -78,7 +78,7 @@ def of_kernel(problem: Problem, directions: float, *, shorter: bool = False) -> 
     Args:
         problem: the problem.
         directions: number of directions of each sample.
-        shorter: whether the last layer has no more outputs than there are directions.
+        shorter: whether the last layer is shortened to no more outputs than there are directions.
     """
     N, K = problem.N, directions
     if not (layers := count(problem).layers):
@@ -108,7 +108,7 @@ def ends(metric: str) -> int:
 
 
 def of_gram(metric: str, rows: int, columns: int, across: float = 0.0) -> float:
-    """Operations of Gram matrices at each parameter set of a metric, and of products across; none for the trace."""
+    """Operations of Gram matrices, one for each parameter set and ``across`` between the sets; 0 for the trace."""
     return 0.0 if metric == "trace" else (ends(metric) + across) * of_rows(rows, columns)
 
 
@@ -119,7 +119,7 @@ def by_layers(problem: Problem, metric: str, passes: float, most: float = math.i
         problem: the problem.
         metric: the metric.
         passes: one for each direction of a sample and parameter set.
-        most: largest number of directions of one kernel; more of them form kernels of their own.
+        most: largest number of directions of one kernel; more directions are split into several kernels.
         shorter: see :func:`of_kernel`.
     """
     directions = passes / ends(metric)

@@ -22,7 +22,7 @@ class Target:
     Attributes:
         backend: ``"torch"`` or ``"jax"``.
         dtype: ``"float32"`` for speed, ``"float64"`` for accuracy.
-        device: ``"cpu"``, ``"cuda"``, or ``"auto"`` (the GPU where the backend sees one).
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"`` (the GPU if the backend sees one).
         memory: bytes that blocks of passes and of rows may use; larger computations are split into more blocks.
         program_memory: bytes that one compiled program may use, if that is known before it runs; ``None`` for 80 % of
             the free memory of the device.
@@ -71,7 +71,7 @@ class Options:
     """Options of an estimate.
 
     Attributes:
-        method: a file name in ``ntkbench/methods``, or ``"auto"``.
+        method: name of a method, or ``"auto"``.
         passes: maximum number of Jacobian passes; ``None`` for the defaults.
         rtol: tolerance: probes are added until the interval extends at most this fraction of the value to either side,
             or until ``passes`` are spent.
@@ -137,7 +137,7 @@ def positive(what: str, value: object, unit: str = "") -> int:
 
 
 LEAST = 1e-6
-"""Smallest confidence level, and smallest distance of one from 1: rounding of the quantile is negligible between."""
+"""Smallest confidence level, and smallest distance of one from 1, at which the quantile has negligible rounding."""
 
 
 def check_confidence(confidence: object) -> None:

@@ -68,7 +68,7 @@ def check_folder(folder: Path) -> None:
 
 
 def writable(folder: Path, name: str = "the results folder") -> Path:
-    """The folder; created if it does not exist.
+    """The folder, created if it does not exist, and checked to be writable.
 
     Raises:
         BadInput: it cannot be written to; the message calls it ``name``.
@@ -86,7 +86,7 @@ def check_output(path: Path, *, folder: bool = False) -> None:
     """Check that a file, or with ``folder`` the files of a folder, can be written; leaves nothing behind.
 
     Raises:
-        BadInput: they cannot.
+        BadInput: they cannot be written.
     """
     above = [*([path] if folder else []), *path.absolute().parents]
     there = next((each for each in above if os.path.exists(each)), path)

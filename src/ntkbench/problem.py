@@ -31,14 +31,14 @@ class Problem:
             JAX (see :func:`ntkbench.problems.base.function.from_function`).
         x: inputs ``[N, ...]``.
         theta_0: weights at initialisation by parameter name. All other parameters of the module are frozen.
-        theta_f: weights after training, for alignment; ``None`` where there are none.
+        theta_f: weights after training, for alignment; ``None`` if there are none.
         jax_forward: the same network as a pure function ``(weights, x) -> [N, ...outputs]`` on JAX arrays, or ``None``.
         samples_interact: whether an output of one sample depends on another sample.
-        outputs: what a sample's outputs are: ``logits``, those of a readout with a unit for each; or ``states``, hidden
-            units or outputs of many time steps.
-        fixed_0, fixed_f: values of frozen parameters and buffers that go with ``theta_0`` and ``theta_f``. Those that
-            are not among them keep the module's values.
-        recipe: how ``theta_f`` was trained; empty where that is not known.
+        outputs: kind of a sample's outputs: ``logits``, of a readout with a unit for each; or ``states``, hidden units
+            or outputs of many time steps.
+        fixed_0, fixed_f: values of frozen parameters and buffers that go with ``theta_0`` and ``theta_f``. All others
+            keep the module's values.
+        recipe: how ``theta_f`` was trained; empty if that is not known.
         other: another network on inputs of its own, with the same N and O, for the alignment of its kernel with that of
             this one. ``theta_f`` is then its ``theta_0``, and samples interact if they do in either network.
 
@@ -96,12 +96,12 @@ class Problem:
 
     @property
     def P(self) -> int:
-        """Number of parameters, of the larger network where there are two."""
+        """Number of parameters, of the larger network if there are two."""
         own = sum(w.size for w in self.theta_0.values())
         return own if self.other is None else max(own, self.other.P)
 
     def end(self, which: str) -> tuple[Problem, str]:
-        """The problem whose network ``"theta_0"`` or ``"theta_f"`` belongs to, and their name there."""
+        """The problem whose network ``"theta_0"`` or ``"theta_f"`` belongs to, and its name there."""
         return (self, which) if self.other is None or which == "theta_0" else (self.other, "theta_0")
 
     def weights(self, which: str) -> Weights:
@@ -130,7 +130,7 @@ class Problem:
         """The module.
 
         Raises:
-            BadInput: the problem is of a function in JAX.
+            BadInput: the problem is a JAX function.
         """
         if self.module is None:
             raise BadInput(f"{self.name} has no network in torch")
@@ -174,10 +174,12 @@ class Problem:
         return digest.hexdigest()[:16]
 
     def identity(self) -> dict[str, str]:
-        """What the kernel at theta_0 depends on: hashes by name, which :meth:`digest` combines. Cost as there.
+        """What the kernel at theta_0 depends on, as hashes by name.
 
         The names say in what two problems may differ: the inputs, the set of parameters, their values, those that are
         not trained (including inputs of several kinds), and what the network computes with all of them.
+
+        Cost: that of :meth:`digest` at theta_0.
         """
         return {
             "inputs": hashed({"x": self.x}),
@@ -231,7 +233,7 @@ PROBED = 2
 
 
 def signature(value: Tensor, parameters: Sequence[Tensor]) -> str:
-    """A number and a projection of its gradient by ``parameters``, to 7 digits, on which machines agree in float64."""
+    """A number and a projection of its gradient in ``parameters``, to 7 digits, on which machines agree in float64."""
     import torch
 
     gradients = torch.autograd.grad(value, parameters, materialize_grads=True, allow_unused=True)
@@ -299,7 +301,7 @@ def _output_shape(problem: Problem) -> tuple[int, ...]:
 def on_shapes(problem: Problem, module: nn.Module) -> Tensor:
     """Outputs without values of a problem's module, from a forward pass on shapes, which computes nothing.
 
-    The precision is torch's default. The module keeps nothing of the call.
+    The precision is torch's default. The call does not change the module.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""A bar of the passes of a long computation, on a terminal or in a notebook.
+"""A progress bar of the passes of a long computation, on a terminal or in a notebook.
 
 Operators and traced networks report the passes that they take. A bar appears after :data:`DELAY` seconds. It is drawn
 by tqdm, which its own environment variables turn off: ``TQDM_DISABLE=1``.
@@ -19,7 +19,7 @@ INTERVAL = 0.1
 """Minimum number of seconds between two updates of a bar."""
 FORMAT = "{desc}: {n:.0f}/{total_fmt} passes [{elapsed}<{remaining}]"
 OPEN = "{desc}: {n:.0f} passes [{elapsed}]{postfix}"
-"""Where the number of passes is not known beforehand."""
+"""Format if the number of passes is not known beforehand."""
 
 _CURRENT: contextvars.ContextVar[_Bar | None] = contextvars.ContextVar("progress_bar", default=None)
 
@@ -33,7 +33,7 @@ def of_passes(what: str, samples: int, total: float | None = None) -> Iterator[N
 
     Args:
         what: what is computed.
-        samples: N of a pass.
+        samples: number of samples of a pass.
         total: expected number of passes, if it is known; it may be exceeded.
     """
     if _CURRENT.get() is not None or not _is_seen():
@@ -49,7 +49,7 @@ def of_passes(what: str, samples: int, total: float | None = None) -> Iterator[N
 
 
 def advance(sample_passes: float) -> None:
-    """Report passes, each counted once per sample."""
+    """Report passes, multiplied by their number of samples."""
     if (shown := _CURRENT.get()) is not None:
         shown.advance(sample_passes)
 
@@ -108,5 +108,5 @@ class _Bar:
 def _is_seen() -> bool:
     try:
         return "ipykernel" in sys.modules or sys.stderr.isatty()
-    except Exception:  # it may be closed, or anything that can be written to
+    except Exception:  # it may be closed, or be any object with a write method
         return False

@@ -1,8 +1,8 @@
 """The measured numbers of the README and of the documentation, written from the committed tables.
 
-A block of a page between ``<!-- table: NAME -->`` and ``<!-- end -->`` is what the function NAME in :data:`TABLES`
-makes of the tables in ``results/reference/``. A number in a sentence stands between ``<!-- value: NAME -->`` and
-``<!-- end -->``, and comes from :data:`VALUES`.
+A block of a page between ``<!-- table: NAME -->`` and ``<!-- end -->`` is written by the function NAME in
+:data:`TABLES` from the tables in ``results/reference/``. A number in a sentence stands between
+``<!-- value: NAME -->`` and ``<!-- end -->``, and comes from :data:`VALUES`.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def update(root: Path, *, check: bool = False) -> list[str]:
         the names of the blocks that were out of date, in their order.
 
     Raises:
-        BadInput: a block has an unknown name or no end, or a table that is not in :data:`PENDING` is not there; no page
-            is then written.
+        BadInput: a block has an unknown name or no end, or its table is missing and it is not in :data:`PENDING`; no
+            page is then written.
     """
     tables = Tables(root / "results" / "reference")
     pages = [root / page for page in PAGES]
@@ -89,7 +89,7 @@ class Tables:
 
 
 class Absent(BadInput):
-    """A table that is not there."""
+    """A missing table."""
 
 
 def written(text: str, tables: Tables) -> tuple[str, list[str]]:
@@ -261,7 +261,7 @@ def _ratio_of(row: pd.Series, goal: Goal) -> str:
 
 
 def _timed_share(row: pd.Series) -> str:
-    """What is said of a rival whose seconds are scaled up from a share of its passes."""
+    """A note on a rival whose seconds are scaled up from a share of its passes."""
     share = row.get("share", 1.0)
     return f", scaled up from {100 * share:g} % of them" if share < 1 else ""
 
@@ -292,7 +292,7 @@ def certificates(tables: Tables) -> str:
 
 
 def calibration(tables: Tables) -> str:
-    """For each method the verdicts of its cases of ``calibration``, their coverage, and errors over stated ones.
+    """For each method the verdicts of its cases of ``calibration``, their coverage, and errors / stated errors.
 
     Below the table is the cost of stopping at a tolerance. The figure counts and compares by the same functions.
     """
@@ -324,7 +324,7 @@ def _median_and_range(values: pd.Series, how: str) -> str:
 def choices(tables: Tables) -> str:
     """For each problem of ``auto_choice``: how often ``auto`` is about as fast as the fastest, and the worst task.
 
-    A task without a rival counts if ``auto`` reaches the tolerance, and no task counts where it does not.
+    A task counts only if ``auto`` reaches the tolerance; without a rival, that suffices.
     """
     table = tables.read(AUTO_CHOICE)
     tasks = _tasks(table)
@@ -347,7 +347,8 @@ def choices(tables: Tables) -> str:
 def _tasks(table: pd.DataFrame) -> pd.DataFrame:
     """All tasks of ``auto_choice``: the choice of ``auto``, and the fastest rival if there is one.
 
-    ``reached`` tells whether ``auto`` states the tolerance, and ``within`` whether it is also about as fast.
+    ``reached`` is whether the interval of ``auto`` is within the tolerance, and ``within`` whether ``auto`` is also
+    about as fast as the rival.
     """
     task = ["problem", "metric", "rtol"]
     auto = table.loc[table["method"] == AUTO, [*task, "status", "by", "seconds", "relative_width"]]
@@ -405,7 +406,7 @@ def prepared(tables: Tables) -> str:
 
 
 def _side_by_side(tables: Tables, *, kernels: bool) -> pd.DataFrame:
-    """The rows that compare whole kernels, which have a metric and whose subject is a method; or the others."""
+    """The rows that compare whole kernels, whose subject is the name of a method; or the others."""
     table = tables.read(HEAD_TO_HEAD["side_by_side"])
     return table[table["subject"].str.fullmatch(r"\w+") == kernels]
 
@@ -419,7 +420,7 @@ def _times(row: pd.Series) -> tuple[str, str]:
 
 
 def large_networks(tables: Tables) -> str:
-    """Large cases on a GPU: seconds, as multiples of those at the device's peak rate, and against a rival.
+    """Large cases on a GPU: seconds, and their ratios to those at the device's peak rate and to those of a rival.
 
     A case that was not measured has the reason in place of its seconds.
     """
@@ -504,7 +505,7 @@ def real_size(tables: Tables) -> str:
 
 
 def _goal_of(row: pd.Series) -> str:
-    """The limits of a case's goal, and whether they are kept; empty without a goal."""
+    """The limits of a case's goal, and whether it is reached; empty without a goal."""
     if pd.isna(row["goal_met"]):
         return ""
     limits = f"{seconds_label(row['most_seconds'])}, {bytes_label(row['most_bytes'])}"
@@ -610,7 +611,7 @@ def _ratio(row: pd.Series, name: str = "ratio", *, bold: bool = False, ends: Seq
 
 
 def _cell(text: str) -> str:
-    """Text that does not end its cell."""
+    """Text escaped for a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", r"\|")
 
 
@@ -620,7 +621,7 @@ def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _provenance(table: pd.DataFrame) -> str:
-    """A line below a table with the machine, threads and commit of its numbers; with the rows of each of several."""
+    """A line below a table with machine, threads and commit of its numbers; of several commits, the rows of each."""
     commits = table.groupby(["git_sha", "git_dirty"], sort=False).size()
     code = ", ".join(
         f"{sha[:10]}{' with uncommitted changes' if dirty else ''}{f' ({rows} rows)' if len(commits) > 1 else ''}"
@@ -670,7 +671,7 @@ def projections(tables: Tables) -> str:
 
 
 SMALL = 1e-5
-"""Smaller errors and biases are called rounding, that of float32."""
+"""Errors and biases below this are shown as rounding, that of float32."""
 
 
 def _share(value: float) -> str:
@@ -712,7 +713,7 @@ def spectra(tables: Tables) -> str:
 
 
 def solves(tables: Tables) -> str:
-    """Seconds of solutions to the smallest residual, and which of factor and products is certainly faster."""
+    """Seconds of solutions to the smallest residual, and which of factor and products is faster with 95 % certainty."""
     table = tables.read(SOLVES)
     good = table[(table["status"] == "ok") & (table["residual"] <= of_solves.SLACK * table["rtol"])]
     cases = ["problem", "share", "rtol"]
@@ -775,12 +776,12 @@ PENDING = {
     "solves": "spectra",
     "spectra": "spectra",
 }
-"""Blocks of pages whose tables may not be there yet, and the configurations that write them."""
+"""Blocks of pages whose tables may still be missing, and the configurations that write them."""
 HEAD_TO_HEAD = {
     name: f"head_to_head/studies/{name}"
     for name in ("certificate_cost", "prepared_kernel", "side_by_side", "time_to_error")
 }
-"""Where the tables of comparisons in turn are in ``results/reference/``."""
+"""Where the tables of interleaved comparisons are in ``results/reference/``."""
 
 TABLES: dict[str, Callable[[Tables], str]] = {
     "calibration": calibration,

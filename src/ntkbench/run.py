@@ -75,13 +75,13 @@ class Run:
 
     @property
     def reported(self) -> list[Path]:
-        """The tables that the report is made from: those of its figures, and what was measured besides."""
+        """The tables that the report is made from: those of its figures, and all others that were measured."""
         measured = self.measured if self.config.source == "measured" else []
         return sorted({*self.figures.values(), *measured})
 
     @property
     def of_papers(self) -> dict[str, Path]:
-        """The :attr:`figures` that are drawn from studies, as those of the papers are."""
+        """The :attr:`figures` that are drawn from studies, which include those of the papers."""
         return {name: file for name, file in self.figures.items() if file.name != "table.csv"}
 
     def expected(self) -> dict[str, float]:

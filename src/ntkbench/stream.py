@@ -35,9 +35,9 @@ def applies(model: Any, inputs: Any) -> bool:
 def trace(model: Any, loader: Any, setup: Setup, groups: Mapping[str, Any] | None, options: Options) -> Any:
     """tr Theta as the sum over parts, each with its own probes; if samples interact, all batches are one part.
 
-    A part is a batch, or as many batches as have 64 samples. The network is checked on the first part, and certified on
-    each. With ``rtol`` each part is within the tolerance, and so is their sum. The loader is read once. Memory: two
-    parts, and the memory of an estimate of one part.
+    A part is a batch, or the fewest batches that have 64 samples. The network is checked on the first part, and
+    certified on each. With ``rtol`` each part is within the tolerance, and so is their sum. The loader is read once.
+    Memory: two parts, and the memory of an estimate of one part.
 
     Args:
         model, loader: an ``nn.Module`` and a ``DataLoader`` whose batches are its inputs.
@@ -89,8 +89,8 @@ def _seed(seed: int, part: int) -> int:
 def total(parts: Sequence[Estimate], sizes: Sequence[int]) -> Estimate:
     """The sum of independent estimates of parts with these numbers of samples.
 
-    Degrees of freedom follow Welch and Satterthwaite. The error is not known if that of a part is not. Passes are over
-    all samples.
+    Degrees of freedom follow Welch and Satterthwaite. The error is unknown if that of a part is. A pass is over
+    the samples of all parts.
     """
     if len(parts) == 1:
         return parts[0]

@@ -187,7 +187,7 @@ def check_method(name: str, backend: str | None = None, metric: str | None = Non
 
 
 def _supported(method: Method, metric: str, backend: str) -> Problem:
-    """The first of some small problems that a method supports, or the first of all."""
+    """The first of some small problems that a method supports, or the first one if it supports none."""
     target = Target(backend, "float64", "cpu")
     few = (smooth_problem(), recurrent_problem(), smooth_problem("wide_net", hidden=2, outputs=5))
     return next((each for each in few if method.unsupported_reason(each, metric, target, 10**6) is None), few[0])
@@ -198,18 +198,18 @@ def check_calibration(
 ) -> None:
     """Check that the standard errors of a stochastic method match the spread of its estimates, on 320 outputs.
 
-    The mean of squared standard errors is the variance over seeds to within ``slack``, and the mean estimate is within
-    half a standard deviation of the truth.
+    The mean of squared standard errors equals the variance over seeds to within ``slack``, and the mean estimate is
+    within half a standard deviation of the exact value.
 
     Args:
         name: of the method.
         metric: one of the method's.
         passes: budget; five times the smallest if not given.
-        seeds: estimates.
-        slack: relative.
+        seeds: number of estimates.
+        slack: relative tolerance of the variance.
 
     Raises:
-        AssertionError: they do not.
+        AssertionError: they do not match, or the method is biased.
     """
     method = methods.get(name)
     target = Target(method.backends[0], "float64", "cpu")
@@ -360,7 +360,7 @@ class _Estimator:
             self._prepared.jacobians = noted
 
     def __call__(self, passes: int | None, seed: int = 0) -> Estimate:
-        """Finite floats, the method's name, and passes as its operators counted them."""
+        """Make an estimate, and check its values, its names, and its passes against the operators' count."""
         self._operators.clear()
         found = self._method.estimate(self._prepared, self._metric, passes, seed)
         _require(isinstance(found, Estimate), f"returns a {type(found).__name__}, not an Estimate")
@@ -378,7 +378,7 @@ class _Estimator:
 
 
 def _estimators(method: Method, problem: Problem, metric: str, backend: str) -> tuple[_Estimator, ...]:
-    """In float64, in float64 with memory for one row or probe at a time, and in float32."""
+    """Estimators in float64, in float64 with memory for one row or probe at a time, and in float32."""
     targets = (
         Target(backend, "float64", "cpu"),
         Target(backend, "float64", "cpu", 1),
@@ -402,7 +402,7 @@ def check_problem(label: str) -> None:
     Cost: the problem is loaded twice (and trained twice, if trained weights are not kept).
 
     Args:
-        label: of the problem, with smaller sizes than its own where that is large.
+        label: of the problem, with smaller sizes than its own if it is large.
 
     Raises:
         BadInput: there is no such problem, or it is broken.
@@ -494,7 +494,7 @@ def _check_interaction(problem: Problem) -> None:
 def check_rule(name: str, network: nn.Module, inputs: Any) -> None:
     """The contract of a rule for an operation, on a network that uses it.
 
-    - The network has a weight for all uses of which there is a rule, and one of them is by this plug-in.
+    - The network has a weight whose uses all have rules, and this plug-in covers one of the uses.
     - The kernel, a part of it, its diagonal and its sum over outputs agree with J written out, in float64, in float32,
       and with memory for one row at a time.
     - Plain autograd certifies each of them.
@@ -553,7 +553,7 @@ def _dtype(name: str) -> Any:
 
 
 def check_study(name: str, settings: Mapping[str, Any]) -> pd.DataFrame:
-    """The contract of a study: rows, each of which says how it ended, and ``seeds`` and ``calls`` in each.
+    """The contract of a study: it has rows, each with a status and reason, and with ``seeds`` and ``calls``.
 
     Args:
         name: of the study.

@@ -25,7 +25,7 @@ Log = Callable[[int, dict[str, Estimate]], None]
 
 
 class Tracker:
-    """Metrics at regular steps of a training loop; the network is traced once, and all steps have the same probes.
+    """Metrics at regular steps of a training loop; the network is traced once, and all steps use the same probes.
 
     Call it in the loop: ``tracker(step)``. The alignment is with the network at the first measured step. The tracker
     fixes the mode (train or eval) and the set of trainable parameters when it is made; only the values of parameters
@@ -46,7 +46,7 @@ class Tracker:
     Args:
         model: the network that is trained; it is never changed.
         inputs: inputs of the NTK.
-        every: steps between two measurements; the first one is at step 0, or at the first step of a call.
+        every: steps between two measurements; the first call always measures.
         metrics: names; ``None`` for all.
         log: called with the step and the estimates by name.
         keywords: see :class:`ntkbench.Kernel` and :class:`ntkbench.options.Options`.

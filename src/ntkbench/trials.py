@@ -19,7 +19,7 @@ from ntkbench.estimate import Estimate
 from ntkbench.units import aligned, percent_label, seconds_label
 
 PUBLISHED = ("hutchinson", "hutchpp", "sum_of_logits")
-"""Methods of the papers that are measured beside those that ``auto`` stands for."""
+"""Methods of the papers that are measured besides those that ``auto`` tries."""
 PASSES = 64
 """The budget of stochastic methods if neither passes nor a tolerance is given."""
 

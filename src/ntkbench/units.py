@@ -21,7 +21,7 @@ def percent_label(share: float) -> str:
 
 
 def counted(count: float, one: str, several: str = "") -> str:
-    """A number of things with its noun: 1 pass, 2 passes; the plural is that with an s if not given."""
+    """A count with its noun: 1 pass, 2 passes; the plural defaults to the noun with an s."""
     number = count if isinstance(count, int) else f"{count:g}"
     return f"{number} {one if count == 1 else several or f'{one}s'}"
 
@@ -34,7 +34,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _label(value: float, units: Sequence[tuple[float, str]]) -> str:
-    """A number with two digits, in the largest unit in which it is at least 1 after rounding; else in the last one."""
+    """A number with two digits, in the largest unit in which it rounds to at least 1, or else in the last one."""
     scaled = [(float(f"{value / size:.2g}"), unit) for size, unit in units]
     number, unit = next((each for each in scaled if each[0] >= 1), scaled[-1])
     return f"{number:g} {unit}"

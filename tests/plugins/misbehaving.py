@@ -1,4 +1,4 @@
-"""A method that misbehaves in another way at each budget, for a copy of the package."""
+"""A method that misbehaves in a different way at each budget; tests add it to a copy of the package."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from ntkbench.methods.base import Stochastic
 
 
 class Unreadable(Exception):
-    """An error whose message cannot be had."""
+    """An error whose message cannot be read."""
 
     def __str__(self) -> str:
         raise RuntimeError("no message")
 
 
 class State:
-    """What the process has done so far."""
+    """State of the process: calls so far, and memory held."""
 
     calls = 0
     held: list[Any] = []  # noqa: RUF012
 
 
 def raises(error: BaseException) -> Callable[[], None]:
-    """A way that raises."""
+    """A way to misbehave by raising an error."""
 
     def way() -> None:
         raise error
@@ -130,14 +130,14 @@ WAYS: list[tuple[str, str, Callable[[], Any]]] = [
     ("ok", "", os.environ.clear),
     ("ok", "", close_streams),
 ]
-"""Status, a part of the reason, and what happens in a call; what it returns changes the estimate, or stands for it."""
+"""Status, part of the reason, and what a call does; its result changes fields of the estimate or replaces it."""
 
 FIRST = 10
-"""The budget of the first way."""
+"""The budget of the first of :data:`WAYS`."""
 
 
 class Misbehaving(Stochastic):
-    """One way of misbehaving a budget."""
+    """Misbehaves in one of :data:`WAYS` at each budget."""
 
     title = 'bad <script>alert(1)</script>, "q"\nnewline'
     source = "the tests"

@@ -1,4 +1,4 @@
-"""Many networks and how ntkbench answers for them; the truth is J J^T written out by plain autograd in float64."""
+"""Many networks and ntkbench's results for them, compared with J J^T by plain autograd in float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WAYS = {
     "jacobian_contraction": "contraction",
     "naive_jacobian": "row by row",
 }
-"""Exact methods as the table calls them."""
+"""Names of exact methods in the table."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Case:
 
     Attributes:
         name: unique.
-        make: builds the network and its inputs from torch's present random state.
+        make: builds the network and its inputs from torch's current random state.
         group: what the network is an example of.
-        package: what has to be installed for it, apart from ntkbench's own needs.
+        package: package that it needs besides ntkbench's own requirements.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def installed(self) -> bool:
-        """Whether the package is there."""
+        """Whether the package is installed."""
         return self.package is None or importlib.util.find_spec(self.package) is not None
 
     def build(self) -> Network:
@@ -58,11 +58,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Answer:
-    """What ntkbench says of a network.
+    """What ntkbench computes for a network.
 
     Attributes:
-        errors: by call, relative to the truth.
-        estimate: of the norm.
+        errors: relative errors, by call.
+        estimate: that of the norm.
     """
 
     errors: dict[str, float]
@@ -70,7 +70,7 @@ class Answer:
 
     @property
     def error(self) -> float:
-        """The largest."""
+        """The largest error."""
         return max(self.errors.values())
 
     @property
@@ -90,13 +90,13 @@ def cases() -> dict[str, Case]:
 
 
 def answer(case: Case) -> Answer:
-    """``ntk``, ``trace`` and ``norm`` of a network, compared with the truth."""
+    """``ntk``, ``trace`` and ``norm`` of a network, compared with the explicit kernel."""
     model, x = case.build()
     theta = explicit_kernel(model, x)
     found = ntkbench.ntk(model, x)
     if case.package is None:
         metrics = {"trace": ntkbench.trace(model, x), "norm": ntkbench.norm(model, x)}
-    else:  # what a deep network takes is its trace, and here all metrics share one
+    else:  # tracing takes most of the time of a deep network; all metrics share one trace
         metrics = ntkbench.metrics_of(model, x)
     assert found.shape == theta.shape, f"the kernel is {tuple(found.shape)}, not {tuple(theta.shape)}"
     errors = {"ntk": float((found - theta).abs().max() / theta.abs().max())}

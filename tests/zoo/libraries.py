@@ -22,7 +22,7 @@ def cases() -> Iterator[Case]:
 
 
 def _perturbed(model: nn.Module) -> nn.Module:
-    """In float64 and eval mode; nothing is left at the zeros that it starts from."""
+    """The model in float64 and eval mode, perturbed so that no parameter stays zero."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -31,9 +31,9 @@ def _perturbed(model: nn.Module) -> nn.Module:
 
 @functools.cache
 def declare_operators() -> None:
-    """Declare torchvision's operators where its compiled library, made for CUDA, does not load beside this torch.
+    """Declare torchvision's operators if its compiled library, built for CUDA, does not load with this torch.
 
-    The models call none of them; torchvision and what imports it fail without.
+    The models call none of them, but torchvision and packages that import it fail without them.
     """
     if importlib.util.find_spec("torchvision") is None:
         return
@@ -92,7 +92,7 @@ TEXT: dict[str, Any] = {
 
 
 class Read(nn.Module):
-    """A model as a function of one tensor: three numbers for each sample."""
+    """A model as a function of one tensor, with three outputs per sample."""
 
     def __init__(self, model: nn.Module, read: Callable[[Any], Tensor], **options: Any) -> None:
         super().__init__()

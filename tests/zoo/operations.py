@@ -1,4 +1,4 @@
-"""Small networks around one operation, layer or habit of writing each."""
+"""Small networks, each built around one operation, layer or coding pattern."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Operation = Callable[..., Any]
 
 
 class Net(nn.Module):
-    """Submodules and tensors by name, and a forward pass that is a function of them and the inputs."""
+    """Named submodules and tensors, with a function of the network and its inputs as forward pass."""
 
     def __init__(self, function: Operation, **parts: Any) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def sequence(operation: Operation, after: int) -> nn.Module:
 
 
 class Flat(nn.Module):
-    """An operation on another shape, between flat ones."""
+    """An operation on reshaped inputs, with flattened outputs."""
 
     def __init__(self, operation: Operation, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Flat(nn.Module):
 
 
 def square(v: Tensor) -> Tensor:
-    """``[N, 2, 2]`` of the first entries."""
+    """The first four entries as ``[N, 2, 2]``."""
     return v[:, :4].reshape(-1, 2, 2)
 
 
@@ -144,7 +144,7 @@ def logarithm(v: Tensor) -> Tensor:
 
 
 class Clip(torch.autograd.Function):
-    """Clips to [-1, 1]; the gradient passes as if it did not."""
+    """Clips to [-1, 1], with the gradient of the identity."""
 
     @staticmethod
     def forward(ctx: Any, v: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class Clip(torch.autograd.Function):
 
 
 class Scaled(torch.autograd.Function):
-    """tanh(v); half of its gradient passes."""
+    """tanh(v), with half of its gradient."""
 
     generate_vmap_rule = True
 
@@ -196,7 +196,7 @@ def tangent(net: Net, x: Tensor) -> Tensor:
 
 
 def hyper(net: Net, x: Tensor) -> Tensor:
-    """A network whose weights another network makes."""
+    """A network whose weights are outputs of another network."""
     made = net.makes(x).reshape(-1, 4, 5)
     return torch.func.vmap(lambda w, row: torch.tanh(w @ row))(made, x)
 
@@ -212,7 +212,7 @@ def fixed_point(net: Net, x: Tensor) -> Tensor:
 
 
 def integrated(net: Net, x: Tensor) -> Tensor:
-    """Euler steps, as many as the largest velocity asks for."""
+    """Euler steps, whose number depends on the largest velocity."""
     velocity = torch.tanh(net.first(x))
     steps = 2 + int(velocity.detach().abs().max().mul(4))
     z = velocity
@@ -227,7 +227,7 @@ def branch(net: Net, x: Tensor) -> Tensor:
 
 
 def routed(net: Net, x: Tensor) -> Tensor:
-    """The two best of three experts, dispatched by index."""
+    """The top two of three experts, dispatched by index."""
     weights, chosen = net.gate(x).softmax(-1).topk(2, -1)
     outputs = torch.zeros(len(x), 2, dtype=x.dtype)
     for k, expert in enumerate(net.experts):
@@ -298,7 +298,7 @@ def hooked(v: Tensor) -> Tensor:
 
 
 def recurrent(layer: nn.RNNBase) -> nn.Module:
-    """The states of a layer, with samples along the axis that the layer takes them on."""
+    """A recurrent layer between linear ones, with samples along the axis that it expects."""
     width = 4 * (layer.proj_size or layer.hidden_size) * (1 + layer.bidirectional)
     return Net(states, first=nn.Linear(5, 8), layer=layer, last=nn.Linear(width, 2))
 
@@ -338,12 +338,12 @@ def attended(layer: nn.Module, function: Operation) -> nn.Module:
 
 
 def words(function: Operation, **parts: Any) -> Network:
-    """A network of integers below 7, four to a sample; 0 is padding."""
+    """A network on integers below 7, four per sample; 0 is padding."""
     return Net(function, **parts), torch.randint(0, 7, (4, 4))
 
 
 def settled(module: nn.Module) -> nn.Module:
-    """Norms with running statistics of their own, in eval mode."""
+    """The module in eval mode, with random running statistics in its norms."""
     for norm in module.modules():
         if getattr(norm, "running_mean", None) is not None:
             norm.running_mean.normal_()

@@ -24,7 +24,7 @@ class Cost:
         within: the relative half-width of its interval, or its bias; ``None`` if it is not known.
         budget: passes to give to a stochastic method; ``None`` for the others.
         accepts_rtol: whether the method takes a tolerance itself.
-        operations: those of the passes and of products of gradients and kernels, counted on shapes; a multiplication
+        operations: those of the passes and of products of gradients and kernels, counted from shapes; a multiplication
             with its addition counts as two. ``None`` if the cost is not a number of passes.
         reason: why it does not apply; empty if it does.
     """

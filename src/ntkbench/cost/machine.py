@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 SWITCH = "NTKBENCH_CALIBRATION"
 """Environment variable; nothing is measured or read if it is ``off``."""
 FORMAT = 1
-"""Of the files; those of another format are measured again."""
+"""Format of the files; speeds in files of another format are measured again."""
 SECONDS = 0.2
-"""For each speed, after a first call."""
+"""Duration of the measurement of each speed, after a first call."""
 REPEATS = 200
 """Maximum number of calls for each speed."""
 SIDE, ENTRIES, CALLS = {"cpu": 768, "cuda": 4096}, {"cpu": 2**23, "cuda": 2**26}, 500
-"""By type of device: side of the matrices, and number of entries that are copied. Number of calls that are timed."""
+"""Side of the matrices and number of copied entries, by type of device; number of timed calls."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Machine:
     call: float
 
     def seconds(self, operations: float, moved: float = 0.0, calls: float = 0.0) -> float:
-        """Seconds of operations, bytes moved (at the same time) and calls."""
+        """Seconds of operations with bytes moved at the same time, plus those of calls."""
         return max(operations / self.operations, moved / self.bandwidth) + calls * self.call
 
 
@@ -62,8 +62,8 @@ def speeds(target: Target, *, measured: bool = True, clock: Callable[[], float] 
     """Speeds of this machine for a target; those of torch, also for JAX.
 
     They are kept by host, processor, number of threads, device, precision and version of torch, in memory and in a file
-    of :func:`ntkbench.paths.cache`. A file that is damaged or of something else is measured again; one that cannot be
-    written is not kept. Never call this within a timed region.
+    of :func:`ntkbench.paths.cache`. If that file is damaged or made for something else, the speeds are measured again;
+    if it cannot be written, they are kept in memory only. Never call this within a timed region.
 
     Args:
         target: device and precision.
@@ -110,7 +110,7 @@ def _made_for(target: Target, device: torch.device) -> dict[str, Any]:
 
 
 def _read(file: Path, made_for: dict[str, Any]) -> Machine | None:
-    """The speeds of a file; ``None`` if it is missing, damaged, or of something else."""
+    """The speeds of a file; ``None`` if it is missing, damaged, or made for something else."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         found = Machine(*(float(record[key]) for key in ("operations", "bandwidth", "call")))

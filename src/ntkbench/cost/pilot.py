@@ -1,4 +1,4 @@
-"""What the errors of estimators depend on: effective ranks and alignment of a kernel, from a few probes."""
+"""Effective ranks and alignment of a kernel, on which errors of estimators depend, from a few probes."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Pilot:
 
 
 def pilot(jacobians: Sequence[JacobianOperator], *, independent: bool, seed: int = 0) -> Pilot:
-    """Effective ranks and alignment by :data:`PROBES` probes at each parameter set, or as many as fit in memory.
+    """Effective ranks and alignment by :data:`PROBES` probes at each parameter set, or by fewer if memory is short.
 
     With y_i = J^T u_i over random signs u_i: tr Theta = E ||y_i||^2 and ||Theta||_F^2 = E <y_i, y_j>^2. The variance
-    over probes of ||J_b^T u_b||^2 is 2 (||Theta_bb||_F^2 - sum of its squared diagonal), with a diagonal that is
+    over probes of ||J_b^T u_b||^2 is 2 (||Theta_bb||_F^2 - sum of its squared diagonal). The diagonal is
     assumed to be constant.
 
     Args:
@@ -57,7 +57,7 @@ def pilot(jacobians: Sequence[JacobianOperator], *, independent: bool, seed: int
     rank = min(max(trace**2 / square, 1.0), most) if square > 0 else float(most)
     block_rank = None
     if independent and j.N > 1:
-        with contextlib.suppress(NtkbenchError):  # methods that take gradients of samples give the reason
+        with contextlib.suppress(NtkbenchError):  # methods that use per-sample gradients give the reason
             squares = arrays.to_numpy(j.sample_squares(u.reshape(probes, j.N, j.O)), np.float64)
             means = (squares.mean(0) ** 2).sum()
             blocks = squares.var(0, ddof=1).sum() / 2 + means / j.O

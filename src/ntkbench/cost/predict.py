@@ -39,13 +39,13 @@ SEEDS = 3
 LONG = 0.3
 """Maximum seconds of these estimates; larger budgets are extrapolated."""
 STEEPEST = 3.0
-"""Maximum power of the budget by which seconds grow."""
+"""Largest power of the budget with which seconds grow."""
 CLOSE = 2.0
 """Ratio of a sufficient to an insufficient budget at which the search between them stops."""
 LESS = 0.9
 """Share of a budget below which a method's passes are assumed not to depend on it."""
 EXACT = 1e-3
-"""Share of the tolerance below which an interval means that the stand-in was too small; its width is then unknown."""
+"""An interval narrower than this share of the tolerance shows that the stand-in is too small; its width is unknown."""
 
 
 def predict(
@@ -57,7 +57,7 @@ def predict(
     confidence: float = 0.95,
     names: Collection[str] | None = None,
 ) -> Costs:
-    """Predicted costs of each method to a tolerance.
+    """Predicted cost of each method for a tolerance.
 
     Seconds are those of one estimate after the first one, which also checks, traces and certifies the network. Errors
     of stochastic methods are those on a random J with the effective ranks of the network, and with the spectrum of a
@@ -92,7 +92,7 @@ def of_budgets(
 ) -> dict[tuple[str, int | None], Cost]:
     """Predicted costs of methods with given budgets, by pairs of a method's name and its passes.
 
-    As :func:`predict`, without a search for the budget that a tolerance needs. A method that does not apply has a
+    Like :func:`predict`, without a search for the budget that a tolerance needs. A method that does not apply has a
     reason and no seconds.
 
     Args:
@@ -135,9 +135,9 @@ class _Trial:
         """The trial with a larger budget, extrapolated.
 
         Args:
-            factor: the budget is multiplied by this; at least 1.
-            order: power of the budget by which errors fall.
+            factor: factor on the budget; at least 1.
             before: trial with a smaller budget, which gives the growth of passes and seconds; proportional if ``None``.
+            order: power of the budget by which errors fall.
         """
         budget, more, power = math.ceil(factor * (self.budget or 0)), factor, 1.0
         if before is not None and before.budget and self.budget:
@@ -170,7 +170,7 @@ class _Work:
         return pilot(self._operators, independent=not self._problem.samples_interact)
 
     def cost(self, method: Method, passes: int | None = None) -> Cost:
-        """The cost of a method with a budget, or to the tolerance; or the reason why it does not apply."""
+        """The cost of a method with a budget or for the tolerance, or the reason why it does not apply."""
         try:
             if reason := method.unsupported_reason(self._problem, self._metric, self._target, passes):
                 return Cost(method.name, method.kind, reason=reason)
@@ -218,7 +218,7 @@ class _Work:
             if passes is not None and slow <= samples.PATIENCE:  # the prior does not count calls of small operations
                 slow = max(slow, self._rates.seconds("vjp", passes))
             found = self._rehearsals.run(method, budget, slow)
-            # Errors average over samples as if these were independent.
+            # Assumes that errors average over samples as if these were independent.
             fewer = (found.samples / problem.N) ** 0.5
             width = fewer * found.estimate.relative_width(self._confidence)
             if not (again and isinstance(method, Stochastic) and budget is not None and math.isfinite(width)):
@@ -268,7 +268,7 @@ class _Work:
         )
 
     def _prior(self, passes: float) -> float:
-        """Seconds of products by counts and the speeds of the machine, before any are timed; 0 if these are not known.
+        """Seconds of products expected from operation counts and the speeds of the machine; 0 if these are not known.
 
         A pass reads the weights and writes as many numbers.
         """
@@ -283,7 +283,7 @@ class _Work:
             raise OverMemory(f"needs {bytes_label(needed)} at once; memory is {bytes_label(memory)}")
 
     def _search(self, method: Stochastic) -> tuple[_Trial, _Trial]:
-        """A trial, and the same with about the smallest sufficient budget, or with the largest possible one."""
+        """A trial, and the same extrapolated to about the smallest sufficient budget, or to the largest one."""
         least = method.least_passes(self._problem, self._metric)
         most, begun = max(TOLERANCE_PASSES, least), time.perf_counter()
         before: _Trial | None = None
@@ -386,7 +386,7 @@ class _Work:
         return found * larger.seconds / trial.seconds if trial.seconds else found
 
     def _block_bytes(self, products: Mapping[tuple[str, float], float]) -> int:
-        """Bytes of the largest block of a product; of rows, which are kept, the bytes of all of them."""
+        """Bytes of the largest block of a product, or of all rows together, since rows are kept."""
         j, held = self._j, 0
         for (kind, size), count in products.items():
             each = j.bytes_per_probe()
@@ -399,7 +399,7 @@ class _Work:
 
 
 def _power(seconds: float, fewer: float, factor: float, most: float = 2.0) -> float:
-    """Power of a size by which seconds grow, from those at a size smaller by ``factor``; between 0 and ``most``."""
+    """Power of a size with which seconds grow, given ``fewer`` at a size smaller by ``factor``; from 0 to ``most``."""
     return min(max(math.log(seconds / fewer) / math.log(factor), 0.0), most) if min(seconds, fewer) > 0 else 1.0
 
 

@@ -14,8 +14,8 @@ GRID = (1, 4, 16, 64)
 """Passes in one product; sizes that take too long are not measured."""
 
 LONG = 0.2
-"""Seconds of a product above which no larger one is measured, and it is not repeated. Products that are expected to
-take longer are not measured, except for the smallest."""
+"""A product that takes more seconds is not repeated, and no larger one is measured. Products that are expected to take
+more are not measured, except for the smallest."""
 
 GROUPS = 24
 """Groups of samples whose gradients are measured together."""
@@ -24,8 +24,8 @@ GROUPS = 24
 class Rates:
     """Seconds of each kind of product, by its size in passes.
 
-    A kind is measured at its first use. Between the measured sizes times are interpolated by a power law;
-    beyond them a pass takes as long as in the largest one.
+    A kind is measured at its first use. Between the measured sizes times are interpolated by a power law; outside them
+    a pass takes as long as at the nearest one.
 
     Args:
         jacobian: an operator; its products are certified as usual.
@@ -80,14 +80,14 @@ class Rates:
 
 
 def _seconds(product: Callable[[], Array]) -> float:
-    """Seconds of a product, to a number on the host."""
+    """Seconds of a product, up to the arrival of a number on the host."""
     start = time.perf_counter()
     float(product().reshape(-1)[-1])
     return time.perf_counter() - start
 
 
 def _product(j: JacobianOperator, kind: str, wanted: int) -> tuple[float, Callable[[], Array]]:
-    """A product of about the wanted number of passes, and the actual number, which memory may limit."""
+    """The number of passes of a product, which memory may limit below the wanted number, and the product."""
     sign, probes = j.rng(0).sign, max(1, min(wanted, j.memory // j.bytes_per_probe()))
     if kind == "row":
         return 1, lambda: j.row(0)

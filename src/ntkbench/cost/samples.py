@@ -18,7 +18,7 @@ from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 SIZES = (2, 8, 32, 128)
-"""Numbers of samples, at most all."""
+"""Numbers of samples that are tried, up to all of them."""
 
 LONG = 0.1
 """Seconds of an estimate above which no larger number of samples is tried, once two are measured."""
@@ -32,7 +32,7 @@ class Rehearsal:
     """A method's run on some of the samples.
 
     Attributes:
-        samples: largest number of samples tried.
+        samples: largest number of samples on which it ran.
         seconds: seconds of an estimate on all samples, extrapolated.
         estimate: the estimate on that number of samples.
         bytes: peak bytes of a traced program, in proportion to the samples; 0 if nothing is traced.
@@ -67,11 +67,11 @@ class Rehearsals:
         Args:
             method: a method that applies to the problem.
             passes: budget of a stochastic method.
-            slow: approximate seconds of an estimate's products on all samples; sizes that would take too
-                long are left out.
+            slow: approximate seconds of an estimate's products on all samples; sizes that would take too long are left
+                out.
 
         Raises:
-            NtkbenchError: the method runs on no number of samples; gives the reason for the last one.
+            NtkbenchError: the method runs on no number of samples; the message gives the reason for the last one.
         """
         points: list[tuple[int, float]] = []
         begun, reason, N = time.perf_counter(), "would take too long on two samples", self._problem.N
@@ -145,7 +145,7 @@ def first_samples(problem: Problem, m: int) -> Problem:
 
 
 def extrapolated(points: list[tuple[int, float]], at: int) -> float:
-    """Extrapolate points (m, seconds) to another m by a + b m + c m^2 >= 0, a least-squares fit of relative errors."""
+    """Extrapolate points (m, seconds) by a + b m + c m^2 with a, b, c >= 0, a least-squares fit of relative errors."""
     sizes, times = np.array(points, dtype=float).T
     if sizes[-1] == at:
         return float(times[-1])

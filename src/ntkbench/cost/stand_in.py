@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 STEEPEST = 12.0
 """Maximum power with which the spectrum of a stand-in decays."""
 TURNED = 512
-"""Maximum columns for a rotation to a random basis; wider stand-ins only serve for times."""
+"""Maximum columns for a rotation to a random basis; wider stand-ins are only timed."""
 ALIKE = 0.98
 """Largest common share of the rows of one sample."""
 
@@ -150,10 +150,10 @@ def matrices(
 ) -> list[torch.Tensor]:
     """Random Jacobians ``[N, O, P]`` with given effective ranks and, for two of them, about a given alignment.
 
-    The rows of J are of unit norm and normal, with variances that fall with a power of the column's number. The two
-    ranks give the mean squares c of Theta between samples and v within a sample, off its diagonal. If v is the
-    larger one, rows of a sample have a part in common. If it is the smaller one, as in wide networks, whose outputs
-    have almost orthogonal gradients, a share of each row is in columns that only the rows of the same output have.
+    The rows of J are normal and of unit norm on average, with variances that fall as a power of the column's index. The
+    two ranks give the mean squares of Theta between samples and within a sample, off its diagonal. If the latter is
+    larger, rows of a sample have a part in common. If it is smaller, as in wide networks, whose outputs have almost
+    orthogonal gradients, a share of each row is in columns that only the rows of the same output have.
     """
     import torch
 
@@ -193,14 +193,14 @@ def matrices(
         x = known.alignment / (known.alignment + (1 - known.alignment**2) ** 0.5)
         unrelated = rows()[..., torch.randperm(P, generator=generator)]
         made.append(x**0.5 * made[0] + (1 - x) ** 0.5 * unrelated)
-    if P <= TURNED:  # no column stands out, as no parameter does: signs would see nothing of a diagonal J^T J
+    if P <= TURNED:  # no column stands out, as in a network: random signs have no error on a diagonal J^T J
         basis = torch.linalg.qr(torch.randn(P, P, generator=generator, dtype=dtype))[0]
         made = [matrix @ basis for matrix in made]
     return [matrix.to(device) for matrix in made]
 
 
 def decaying(size: int, squares: float) -> np.ndarray:
-    """Shares that add up to 1 and fall with a power of their number, the sum of whose squares is given, or near it."""
+    """Shares that add up to 1 and fall as a power of their index, with the sum of squares ``squares``, or near it."""
     steps = np.log(np.arange(1, size + 1))
 
     def shares(power: float) -> np.ndarray:

@@ -108,7 +108,7 @@ def cifar10(part: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
     """Images of CIFAR-10 (Krizhevsky 2009), 32x32 pixels, classes in turn: 500 per class for training, or 200 held out.
 
     If the file was made from JPEG copies, pixels differ slightly from those of the original. torchvision fetches the
-    original, which is another problem by its digest.
+    original, whose digest makes it another problem.
 
     Returns:
         Images ``[5000, 3, 32, 32]`` or ``[2000, 3, 32, 32]``, channels in [0, 1] minus :data:`MEAN`, divided by

@@ -79,7 +79,7 @@ def delayed_response(rng: np.random.Generator, T: int) -> tuple[np.ndarray, ...]
 
 
 def match_to_sample(rng: np.random.Generator, T: int) -> tuple[np.ndarray, ...]:
-    """Delayed match to sample: two stimuli with a delay between, and which of two choices, match or not, at the end.
+    """Delayed match to sample: two stimuli with a delay between them, then a choice between match and non-match.
 
     Sample, test and response take a fifth of the trial each. There is one input channel per stimulus, with noise of
     0.1, and one output per choice. Targets are 1 for the right choice and 0 for the other, and count in the response

@@ -42,7 +42,7 @@ class Accumulator(ABC):
 
     @property
     def uneven(self) -> bool:
-        """Whether few strata have most of what is estimated, and none of them is taken exactly."""
+        """Whether a few strata have most of the estimated quantity, and none of them is treated exactly."""
         return False
 
     @abstractmethod
@@ -127,17 +127,17 @@ MIN_GROUP = 4
 """Smallest number of probes in a group: with fewer, the variance has no unbiased estimate."""
 
 SPARE = 1
-"""Probes beyond the smallest group for which there is room where a group is processed in chunks."""
+"""Probes beyond the smallest group that there is room for if a group is processed in chunks."""
 
 
 @dataclass(frozen=True)
 class PairBytes:
-    """Bytes that probes and their pairs take, with the copies that are made on the way.
+    """Bytes that probes and their pairs take, with intermediate copies.
 
     Attributes:
         strata: N.
         operators: number of networks.
-        moments: moments that take a table of pairs: all but the trace. Without any, no vectors are kept.
+        moments: number of moments with a table of pairs: all but the trace. If 0, no vectors are kept.
         itemsize: bytes of one number of a vector.
         dim: numbers in a vector; 0 if vectors are not written out.
     """
@@ -150,7 +150,7 @@ class PairBytes:
 
     @property
     def entry(self) -> int:
-        """Bytes of an entry of the tables of all moments, with the copies that are made on the way."""
+        """Bytes of an entry of the tables of all moments, with intermediate copies."""
         return self.operators * (2 * self.itemsize + 8) + 3 * 8 * self.moments
 
     def vectors(self, probes: int, strata: int) -> int:
@@ -158,15 +158,15 @@ class PairBytes:
         return 2 * self.operators * strata * self.dim * self.itemsize * probes * bool(self.moments)
 
     def tables(self, probes: int, rows: int) -> int:
-        """Bytes of the tables of as many rows and columns, and of the sums over pairs of probes.
+        """Bytes of the tables of ``rows`` rows and columns, and of the sums over pairs of probes.
 
-        Inner products of vectors are copied once, and again in float64. Their products are copied where probes are
-        added, and where they are summed. :class:`PairSums` takes up to five copies of the strata's own pairs.
+        Inner products of vectors are copied once, and again in float64. Their products are copied when probes are
+        added, and when they are summed. :class:`PairSums` takes up to five copies of the strata's own pairs.
         """
         return (self.entry * rows**2 + 5 * 8 * self.moments * self.strata * probes**2) * bool(self.moments)
 
     def whole(self, probes: int) -> int:
-        """Bytes of probes all of whose vectors and tables are kept."""
+        """Bytes of probes whose vectors and tables are all kept."""
         return self.vectors(probes, self.strata) + self.tables(probes, self.strata * probes)
 
     def recomputed(self, probes: int, strata: int) -> int:
@@ -174,16 +174,16 @@ class PairBytes:
         return 3 * self.vectors(probes, strata) // 2 + self.tables(probes, strata * probes)
 
     def least(self, min_group: int = MIN_GROUP) -> int:
-        """Bytes that a group of at least ``min_group`` probes takes in any case."""
+        """Fewest bytes that a group of ``min_group`` or more probes can take."""
         return min(self.whole(min_group), self.recomputed(min_group + SPARE, 1))
 
     def most_probes(self, memory: int, limit: int) -> int:
-        """The largest number of probes, up to a limit, that fits in memory as a whole; 0 if none does."""
+        """The largest number of probes, up to a limit, that fits in memory as a whole; 0 if none fits."""
         return largest(self.whole, memory, limit)
 
 
 def largest(needed: Callable[[int], int], memory: int, limit: int) -> int:
-    """The largest number from 0 to ``limit`` that needs no more than ``memory``, which grows with it."""
+    """The largest number from 0 to ``limit`` whose need, which grows with it, is at most ``memory``."""
     return bisect.bisect_right(range(1, limit + 1), memory, key=needed)
 
 
@@ -213,8 +213,8 @@ class UStatistics(Accumulator):
         max_vectors: maximum number of vectors in a group. The Gram matrix of more vectors costs much more than the
             vectors themselves and gains little.
         stratum: name of a stratum in notes, in the singular.
-        beside: rows of J that are known beside the probes, ``[r, D]`` for each operator, of samples on which the probes
-            do not depend. Not if vectors are processed in chunks.
+        beside: rows of J of the samples that are treated exactly, ``[r, D]`` for each operator; the probes do not
+            depend on these samples. Not allowed if vectors are processed in chunks.
     """
 
     def __init__(
@@ -278,7 +278,7 @@ class UStatistics(Accumulator):
         return sum(size * (len(sizes) - i) for i, size in enumerate(sizes)) / self._strata
 
     def extend(self, probes: int) -> None:
-        """Draw probes. If vectors are recomputed, draw as many as the passes of ``probes`` kept ones allow.
+        """Draw probes; if vectors are recomputed, as many as the passes of ``probes`` kept ones allow.
 
         Raises:
             OverMemory: the vectors have to be recomputed, and the passes are not enough for one group.
@@ -315,7 +315,7 @@ class UStatistics(Accumulator):
             self._add_in_chunks(min(affordable // count + (i < affordable % count), self._min_group + SPARE))
 
     def _add_in_chunks(self, k: int) -> None:
-        """Add a group of probes, of whose tables one is held at a time."""
+        """Add a group of probes, holding the tables of one pair of chunks at a time."""
         vectors: Callable[[slice], Sequence[Array]]
         if self._keeps:
             vectors = functools.partial(_part, self._drawn(k))
@@ -362,7 +362,7 @@ class UStatistics(Accumulator):
 
     @property
     def in_chunks(self) -> bool:
-        """Whether vectors are processed in chunks, as all of them do not fit in memory."""
+        """Whether vectors are processed in chunks, as not all of them fit in memory."""
         return len(self._chunks) > 1
 
     def _blocks(self, k: int) -> Iterator[Sequence[Array]]:
@@ -425,12 +425,12 @@ class UStatistics(Accumulator):
 
     @functools.cached_property
     def _known(self) -> list[float]:
-        """The moments of the rows beside the probes."""
+        """The moments of the exact samples' rows."""
         sums = self._sums_beside([w[None] for w in self._beside]).sum(1).tolist()
         return [float(_squared_norms(self._beside[0]).sum()), *sums] if self._has_trace else sums
 
     def _sums_beside(self, vectors: Sequence[Array]) -> np.ndarray:
-        """The kernel of each of some vectors, ``[1, k, D]``, summed over the rows beside the probes, ``[moments, k]``.
+        """The kernel of each vector in ``[1, k, D]``, summed over the exact samples' rows, ``[moments, k]``.
 
         Tables take a quarter of the memory at a time.
         """
@@ -444,7 +444,7 @@ class UStatistics(Accumulator):
 
     def estimate(self, metric: str) -> PointEstimate:
         single = self._jacobians[0].n == self._strata
-        # Few probes also tell little of the strata that are left where others are taken exactly.
+        # If some strata are treated exactly, a few probes also say little about the remaining ones.
         uneven = self.uneven or (len(self._beside) > 0 and self._count < FEW_BESIDE)
         return delta_method(metric, self._names, self.moments(), single=single, uneven=uneven)
 
@@ -458,18 +458,19 @@ def complement(moments: Mapping[str, float]) -> float | None:
 
 
 SQUARES = {"norm": 2.0, "effective_rank": 1.0}
-"""Relative error of ||Theta||_F^2 per relative error of a metric that it causes."""
+"""Relative error of ||Theta||_F^2, as a multiple of the relative error that it causes in a metric."""
 
 
 def least_probes(metric: str, strata: int, n: int, error: float) -> float:
-    """Probes with which pairs of them give a metric to a relative standard error, at best; 0 if this is not known.
+    """Probes whose pairs give a metric to a relative standard error, at best; 0 if this is not known.
 
-    Not for the trace, to which the diagonal of Theta adds no variance, nor for the alignment, whose errors cancel.
+    It is not known for the trace, to which the diagonal of Theta adds no variance, nor for the alignment, whose errors
+    cancel.
 
     Args:
         metric: the metric.
-        strata: groups of samples that have their own gradients.
-        n: outputs in all.
+        strata: number of groups of samples that have their own gradients.
+        n: total number of outputs.
         error: relative standard error.
     """
     scale = SQUARES.get(metric)
@@ -477,13 +478,13 @@ def least_probes(metric: str, strata: int, n: int, error: float) -> float:
 
 
 FEW_BESIDE = 8
-"""Number of probes beside exact samples from which on degrees of freedom are not reduced by :data:`FEWER`."""
+"""Smallest number of probes beside exact samples at which :data:`FEWER` does not apply."""
 FEWER = 0.5
-"""Share of the degrees of freedom that counts where strata are uneven.
+"""Share of the degrees of freedom that counts if strata are uneven.
 
-A few probes of the stratum that has most of the variance hardly show the tails of their distribution, so that their
-degrees of freedom are overestimated. With 20 probes, 93 % of the 95 % intervals contained the alignment of two uneven
-batches of 12 samples; with half of the degrees, 95 to 96 % did.
+A few probes of the stratum that has most of the variance hardly show the tails of their distribution, so their degrees
+of freedom are overestimated. With 20 probes, 93 % of the 95 % intervals contained the alignment of two uneven batches
+of 12 samples; with half of the degrees, 95 to 96 % did.
 """
 
 
@@ -500,7 +501,7 @@ def delta_method(
         names: names of the moments.
         moments: their estimates.
         single: whether a probe has one sign in each stratum, on which nothing depends.
-        uneven: whether few strata have most of ||Theta||_F^2; see :data:`FEWER`.
+        uneven: whether a few strata have most of ||Theta||_F^2; see :data:`FEWER`.
     """
 
     def of(means: np.ndarray) -> Moments:
@@ -529,7 +530,7 @@ def delta_method(
 
 
 def on_scale(metric: str, moments: Moments) -> tuple[float, float]:
-    """A metric on the scale on which its errors are symmetric, and the slope of that scale; ``nan`` outside of it."""
+    """A metric on the scale on which its errors are symmetric, and the slope of that scale; ``nan`` outside it."""
     if metric != "trace" and (not moments.square > 0 or moments.square_f <= 0):
         return math.nan, math.nan
     if metric == "alignment" and 0 < (c := moments.complement) < 2:

@@ -26,7 +26,7 @@ LinearMap = Callable[[Array], Array]
 
 
 def orthonormal(rows: Array) -> Array:
-    """Orthonormal rows ``[min(k, n), n]`` whose span holds that of ``rows [k, n]``; any rank."""
+    """Orthonormal rows ``[min(k, n), n]`` whose span contains that of ``rows [k, n]``, of any rank."""
     return array_api_compat.array_namespace(rows).linalg.qr(rows.T)[0].T
 
 
@@ -49,7 +49,7 @@ def random_orthonormal(rng: Rng, k: int, n: int, *, max_share: float = 1 / 16) -
 
 def orthonormal_complement(rows: Array, q: Array) -> Array:
     """Orthonormal rows that span the part of ``rows [k, n]`` outside the span of the orthonormal rows ``q``."""
-    for _ in range(2):  # the second time removes what rounding left
+    for _ in range(2):  # the second time removes the remainder of rounding
         rows = orthonormal(project_out(rows, q))
     return rows
 
@@ -118,7 +118,7 @@ def hutchpp(product: LinearMap, columns: int, residual: int, n: int, rng: Rng) -
 
 
 def random_subspace(j: JacobianOperator, product: LinearMap, probes: int, dim: int, rng: Rng) -> PointEstimate:
-    """||A||_F^2, exactly on a random subspace of ``probes // 6`` dimensions and by Hutchinson on its complement.
+    """||A||_F^2: exact on a random subspace of ``probes // 6`` dimensions, and by Hutchinson on its complement.
 
     Args:
         j: the operator that ``product`` belongs to, for the sizes of blocks.
@@ -180,7 +180,7 @@ class Sketch:
 
     With F = Q R, the span of F without column i is that of Q without the direction s_i = R^{-T} e_i / |R^{-T} e_i|.
     Without columns i and j it lacks the span of s_i and s_j (Epperly, Tropp, Webber 2024, section 2). Directions of Q
-    that consist of rounding, because F has a lower rank or its spectrum decays fast, are kept: Q is still orthonormal,
+    that are only rounding, because F has a lower rank or its spectrum decays fast, are kept: Q is still orthonormal,
     and the estimates are those for the matrix that gives the rounded F. Vanishing singular values of R are replaced by
     a tiny one, so that s_i is in their space. If F has more columns than rows, leaving one out loses nothing, and s_i =
     0.
@@ -248,7 +248,7 @@ class Normalisation:
 
 
 def nystrom_trace(sketch: Sketch, normalisation: Normalisation, h: np.ndarray) -> np.ndarray:
-    """Leave-one-out estimates of tr A for A = B^T B, as :func:`leave_one_out` takes them, ``[k, k]``.
+    """Leave-one-out estimates of tr A for A = B^T B, in the form that :func:`leave_one_out` takes, ``[k, k]``.
 
     With probes Omega, F = B Omega = Q R, and h = (B^T Q)^T (B^T Q), the Nystrom approximation has the trace tr h.
     Without the probes whose directions are V it has tr h - tr V^T h V, and the residual of probe i is |V^T R e_i|^2.
@@ -286,7 +286,7 @@ def xnystrace(product: LinearMap, adjoint: LinearMap, probes: Array) -> PointEst
 def nystrom_inner_product(
     one: Sketch, other: Sketch, normalisation: Normalisation, z: np.ndarray, x: np.ndarray, y: np.ndarray
 ) -> np.ndarray:
-    """Leave-one-out estimates of tr(A C) for A = J J^T and C = J_f J_f^T, as :func:`leave_one_out` takes them.
+    """Leave-one-out estimates of tr(A C) for A = J J^T and C = J_f J_f^T, for :func:`leave_one_out`.
 
     A = A' + E and C = C' + E_f with Nystrom approximations A' = B B^T, B = J Q, and C' = B_f B_f^T, from the same
     probes. In tr AC = |J_f^T B|^2 + |J^T B_f|^2 - |B_f^T B|^2 + tr E E_f only the last term is unknown. It is the mean
@@ -322,7 +322,7 @@ def nystrom_inner_product(
 def xtrace_table(
     sketch: Sketch, n: int, h: np.ndarray, fb: np.ndarray, b2: np.ndarray, w: np.ndarray, u2: np.ndarray
 ) -> np.ndarray:
-    """Estimates of XTrace for Theta = J J^T with probes U, as :func:`leave_one_out` takes them, ``[k, k]``.
+    """Estimates of XTrace for Theta = J J^T with probes U, for :func:`leave_one_out`, ``[k, k]``.
 
     Args:
         sketch: sketch of Theta U, with the basis Q.
@@ -363,16 +363,16 @@ def leave_one_out(
 
     The k estimates on the diagonal share their sketches, so their scatter s^2 / k, the usual error estimate, misses
     their covariance. It amounts to about half of the variance for typical spectra, and to a fifth for steep ones. (The
-    jackknife over probes is too large: 3 times the variance typically, 20 to 60 times for steep spectra.) Let
-    d_ij = table[i, i] - table[i, j]. Each estimate is unbiased whatever the other probes are, and table[i, j] and
-    table[j, i] are independent given the others. So the covariance is E d_ij d_ji, and s^2 / k + mean d_ij d_ji is an
-    unbiased estimate of the variance. If the spectrum has a cliff just below k, a sketch with one probe less is much
-    worse and the second term is mostly noise. It is therefore clipped to -1/2 to 8 times the first, which makes the
+    jackknife over probes is too large: 3 times the variance typically, 20 to 60 times for steep spectra.) Let d_ij =
+    table[i, i] - table[i, j]. Each estimate is unbiased whatever the other probes are, and table[i, j] and table[j, i]
+    are independent given the others. So the covariance is E d_ij d_ji, and s^2 / k + mean d_ij d_ji is an unbiased
+    estimate of the variance. If the spectrum has a cliff just below k, a sketch with one probe fewer is much worse and
+    the second term is mostly noise. It is therefore clipped to between -1/2 and 8 times the first, which makes the
     squared error about 0.8 of the variance for spectra like 0.7^i. The upper limit is larger if the estimates are
-    almost the same. It grows with n / (n - k + 1) if few dimensions are left outside of the sketch. If all sketches
-    lose almost the same direction, as with a rank of k, it is the ratio of the two terms for estimates whose
-    correlation is ``overlap``. The second term varies as much as a mean of few squares, and counts with
-    :data:`COVARIANCE_DEGREES` degrees of freedom.
+    almost the same. It grows with n / (n - k + 1) if few dimensions are left outside the sketch. If all sketches lose
+    almost the same direction, as with a rank of k, it is the ratio of the two terms for estimates whose correlation is
+    ``overlap``. The second term varies as much as a mean of a few squares, and counts with :data:`COVARIANCE_DEGREES`
+    degrees of freedom.
 
     Args:
         table: entry (i, j) is probe i's estimate with a sketch of the probes other than i and j, ``[k, k]``.

@@ -1,4 +1,4 @@
-"""The spectrum of Theta: its density by stochastic Lanczos quadrature, its largest eigenvalues by block Lanczos."""
+"""The spectrum of Theta: density by stochastic Lanczos quadrature, largest eigenvalues by block Lanczos."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Density:
     Attributes:
         nodes: Ritz values of each probe in ascending order, ``[probes, steps]``; those below round-off are 0.
         weights: their weights, ``[probes, steps]``; those of one probe add up to 1 / probes.
-        radau_nodes: nodes of Gauss-Radau quadrature with one of them at 0, ``[probes, steps]``. If Gauss quadrature is
-            too large for a logarithm this one is too small, and vice versa.
+        radau_nodes: nodes of Gauss-Radau quadrature with one of them at 0, ``[probes, steps]``. Where Gauss quadrature
+            is too large, as for a logarithm, this one is too small, and vice versa.
         radau_weights: their weights, ``[probes, steps]``.
         exhausted: whether each probe's Krylov space is exhausted, so that both rules are exact for it, ``[probes]``.
         n: size of Theta.
@@ -260,8 +260,9 @@ def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int
     """The largest eigenvalues of Theta = J J^T and their eigenvectors by block Lanczos with full reorthogonalisation.
 
     The block has ``top`` + 4 random vectors, so that multiple eigenvalues are found. The iteration stops when the
-    residual of each of the ``top`` largest Ritz values is below ``rtol`` times the value, or when both are within the
-    rounding of the largest. With the residual r = Theta v - lambda v, an eigenvalue is within ||r|| of lambda.
+    residual of each of the ``top`` largest Ritz values is at most ``rtol`` times the value, or when residual and value
+    are both within the rounding of the largest value. With the residual r = Theta v - lambda v, an eigenvalue is within
+    ||r|| of lambda.
 
     Costs 2 (top + 4) passes per step. The Krylov space and its image are held in float64 on the host. If they would
     take more than ``j.memory``, the iteration restarts from the ``top`` + 4 largest Ritz vectors; at least three blocks
@@ -318,7 +319,7 @@ def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int
 
 
 def _orthonormal(rows: np.ndarray, basis: np.ndarray, eps: float) -> np.ndarray:
-    """An orthonormal basis of the part of ``rows`` outside ``basis``; remainders of rounding are dropped."""
+    """An orthonormal basis of the part of ``rows`` outside ``basis``, without directions that are only rounding."""
     size = np.linalg.norm(rows, axis=1, keepdims=True)
     rows = rows[size[:, 0] > 0] / size[size[:, 0] > 0]
     for _ in range(2):
@@ -387,7 +388,7 @@ def density(j: JacobianOperator, *, probes: int = 4, steps: int = 30, seed: int 
     noise = size * epsilon(u) * np.linalg.eigvalsh(matrices)[:, -1:]
     nodes, weights = _quadrature(matrices, noise)
     radau = np.array([m if done else _singular(m) for m, done in zip(matrices, exhausted, strict=True)])
-    # Zero vectors of exhausted probes have no part in a Krylov space.
+    # Zero vectors of exhausted probes do not belong to a Krylov space.
     own = [1 + int(np.argmin([*column, 0.0])) for column in np.array(off_diagonal[: size - 1]).reshape(-1, probes).T]
     smallest = min(float(np.linalg.eigvalsh(m[:k, :k])[0]) for m, k in zip(matrices, own, strict=True))
     return Density(

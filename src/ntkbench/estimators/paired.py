@@ -48,7 +48,7 @@ class SharedProbes:
         self._first: Any = None
 
     def compare(self, image: Any) -> list[Comparison]:
-        """The four metrics of an operator, relative to the first operator that was given.
+        """The four metrics of an operator, and their ratios to those of the first operator.
 
         Args:
             image: M u for each probe, ``[k, n]``.

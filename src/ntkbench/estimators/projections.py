@@ -30,7 +30,7 @@ def gram(features: Features) -> np.ndarray:
 
 
 def pair_tables(metric: str, features: Sequence[Features]) -> tuple[tuple[str, ...], dict[str, np.ndarray], np.ndarray]:
-    """Estimates of the moments of Theta^2 that a metric depends on, by each pair of replicates.
+    """Estimates of the moments of Theta^2 that a metric depends on, from each pair of replicates.
 
     Takes R^2 w^2 n multiplications for each pair of parameter sets.
 
@@ -66,7 +66,7 @@ def moments(names: Sequence[str], tables: dict[str, np.ndarray], traces: np.ndar
 
 
 def left_out(table: np.ndarray) -> np.ndarray:
-    """The mean over pairs of different replicates without each of them, ``[R]``."""
+    """The mean over pairs of different replicates without each replicate in turn, ``[R]``."""
     R = len(table)
     rows = table.sum(1) - table.diagonal()
     found: np.ndarray = (rows.sum() - 2 * rows) / ((R - 1) * (R - 2))
@@ -80,7 +80,7 @@ def plug_in(names: Sequence[str], tables: dict[str, np.ndarray], traces: np.ndar
 
 
 ENTRIES = 2**20
-"""Largest number of entries of a product of features, or a single row of them."""
+"""Largest number of entries of a product of features, unless a single row has more."""
 
 
 def _products(one: Features, other: Features) -> np.ndarray:

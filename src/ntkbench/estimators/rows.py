@@ -11,7 +11,7 @@ from ntkbench.operators import Array, JacobianOperator, arrays
 
 
 def is_kept(held: float, memory: float) -> bool:
-    """Whether :func:`moments_from_rows` keeps rows of ``held`` bytes, since making one block may take the rest."""
+    """Whether :func:`moments_from_rows` keeps rows of ``held`` bytes; computing a block may take the other half."""
     return held <= memory / 2
 
 
@@ -39,9 +39,9 @@ def moments_from_rows(
     """The moments that a metric depends on, from blocks of rows of J.
 
     The trace takes each block once. The other metrics take the products of all pairs of blocks, of which one triangle
-    is computed. The blocks are kept if all of them fit in half of the memory of the operators, since making one may
-    take the rest; otherwise they are recomputed for every pair. Their products take at most a quarter of the memory at
-    a time, however many rows blocks have.
+    is computed. The blocks are kept if all of them fit in half of the memory of the operators, since computing one may
+    take the other half; otherwise they are recomputed for every pair. Their products take at most a quarter of the
+    memory at a time for any size of block.
 
     Args:
         metric: name of the metric.

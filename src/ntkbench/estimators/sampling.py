@@ -16,7 +16,7 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 UNIFORM = 0.1
-"""Share of the probabilities that is equal, in case a size is estimated far too small."""
+"""Share of the probability that all units get equally, in case a size is estimated far too small."""
 MOST = 0.95
 """Largest probability of a unit that is not certain to be drawn."""
 
@@ -38,18 +38,19 @@ class Design:
     probabilities: np.ndarray
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """Indices into ``others``, ``[size]`` in ascending order. The number that is drawn is the likeliest one."""
+        """Indices into ``others``, ``[size]`` in ascending order; ``size`` is the likeliest number of draws."""
         while True:
             (drawn,) = np.nonzero(rng.random(len(self.others)) < self.probabilities)
             if len(drawn) == self.size:
                 return drawn
 
     def inclusion(self, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inclusion probabilities of k of the others, those drawn or more, ``[k]``, and of pairs, ``[k, k]``."""
+        """Inclusion probabilities of k of the others, such as those drawn, ``[k]``, and of pairs, ``[k, k]``."""
         p, s, N, k = self.probabilities, self.size, len(self.others), len(drawn)
         if np.ptp(p) == 0:
             return np.full(k, s / N), np.full((k, k), s * (s - 1) / (N * (N - 1)) if s < N else 1.0)
-        # An odd number of angles leaves out the only one at which a factor may be zero. Those of conjugates are equal.
+        # An odd number of angles omits the only one at which a factor may be zero. Terms of conjugate angles count
+        # twice.
         half = min(N, WINDOW * (s + WINDOW)) // 2 + 1
         total, single, pairs = 0.0, np.zeros(k), np.zeros((k, k))
         for angles in np.array_split(np.arange(half + 1), -(-(half + 1) // CHUNK)):
@@ -65,9 +66,9 @@ class Design:
 
 
 WINDOW = 8
-"""Number of draws, over s plus this number, that is never exceeded: the probability is below 1e-30."""
+"""There are never more draws than this many times s plus this number: the probability is below 1e-30."""
 CHUNK = 256
-"""Angles, and units whose factors are held, at a time."""
+"""Number of angles, and of units whose factors are held, at a time."""
 
 
 def design(sizes: np.ndarray, size: int, least: int) -> Design:
@@ -103,7 +104,7 @@ def design(sizes: np.ndarray, size: int, least: int) -> Design:
 
 
 def _tilted(p: np.ndarray, size: int) -> np.ndarray:
-    """Probabilities of the same draws given their number, whose sum is that number, so that it is the likeliest."""
+    """Probabilities that give the same draws of ``size`` units and add up to ``size``, the likeliest number."""
     if np.ptp(p) == 0:
         return np.full(len(p), size / len(p))
     logits = np.log(p / (1 - p))

@@ -19,7 +19,7 @@ RANK = 32
 """Maximum rank of the preconditioner; each rank takes two passes."""
 
 SHARE = 4
-"""The preconditioner takes at most one part in ``SHARE`` of the passes, and of the memory."""
+"""The preconditioner takes at most 1 / ``SHARE`` of the passes, and of the memory."""
 
 REFINEMENTS = 8
 """Maximum number of refinements of a solution. Each solves for the residual, which takes two passes."""
@@ -110,14 +110,14 @@ def of_matrix(
     rtol: float,
     passes: float,
 ) -> Solution:
-    """By a Cholesky factor of Theta + ridge I in float64 on the host, refined by products.
+    """Solve by a Cholesky factor of Theta + ridge I in float64 on the host, refined by products.
 
     Products may be more precise than Theta, and the solution then has their precision. A refinement gains more digits
     if ``eps`` times the condition number is small.
 
     Costs n^3 / 3 operations, two passes for the residual, and two for each refinement. There is no refinement if the
-    residual is within ``rtol`` at once, and there are at most 8 as long as each one halves it. With a ridge of 0,
-    LAPACK estimates the condition number, so that a factor that consists of rounding is rejected.
+    first residual is within ``rtol``, and there are at most 8, as long as each one halves it. With a ridge of 0, LAPACK
+    estimates the condition number, so a factor that is only rounding is rejected.
 
     Source: iterative refinement: Higham 2002, section 12; the estimate: section 15.
 
@@ -167,10 +167,10 @@ def of_operator(
     seed: int = 0,
     rank: int = RANK,
 ) -> Solution:
-    """By SciPy's conjugate gradients on products with J J^T, preconditioned by a Nystrom approximation of Theta.
+    """Solve by SciPy's conjugate gradients on products with J J^T, preconditioned by a Nystrom approximation.
 
-    The approximation has rank 32, or less if it would take more than a quarter of ``passes`` or of ``j.memory``. It
-    removes the largest eigenvalues, so that the number of iterations grows with the square root of
+    The approximation of Theta has rank 32, or less if it would take more than a quarter of ``passes`` or of
+    ``j.memory``. It removes the largest eigenvalues, so the number of iterations grows with the square root of
     (lambda_33 + ridge) / (lambda_min + ridge). If the residual of the recurrence differs from that of products, the
     iteration restarts from the latter, as long as each start halves it.
 
@@ -183,7 +183,7 @@ def of_operator(
         y: right-hand side ``[n]``.
         ridge: not negative.
         rtol: residual at which the iteration stops.
-        passes: maximum number of passes; one iteration is always made.
+        passes: maximum number of passes; there is always one iteration.
         seed: seed of the preconditioner.
         rank: maximum rank of the preconditioner; 0 for none.
 
@@ -227,7 +227,7 @@ def of_operator(
 
 
 def _refined(solve: Map, apply: Map, y: np.ndarray, rtol: float) -> tuple[np.ndarray, np.ndarray, int]:
-    """Refines x until its residual is within ``rtol`` or stops falling; x, y - apply(x) and the number of solves."""
+    """Refine x until its residual is within ``rtol`` or stops falling; x, y - apply(x) and the number of solves."""
     x, rest, rounds = np.zeros_like(y), y, 0
     size = left = float(np.linalg.norm(y))
     while left > rtol * size and rounds <= REFINEMENTS:
@@ -262,7 +262,7 @@ def _solution(
 
 
 def _converged(found: Solution, rtol: float, eps: float, remedy: str) -> Solution:
-    """The solution, if its residual is within the tolerance.
+    """The solution if its residual is within the tolerance.
 
     Raises:
         BadInput: it is not; the message says what helps.

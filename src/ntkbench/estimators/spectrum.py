@@ -18,7 +18,7 @@ PROBES, STEPS = 8, 25
 """Probes and steps of the density if Theta does not fit: the entropy effective rank then has 7 degrees of freedom."""
 
 SHARE = 4
-"""The density takes at most one part in ``SHARE`` of the passes."""
+"""The density takes at most 1 / ``SHARE`` of the passes."""
 
 SHOWN = 5
 """Number of eigenvalues in a printed spectrum."""
@@ -187,7 +187,7 @@ def of_matrix(theta: np.ndarray, j: JacobianOperator, top: int, passes: float) -
 
 
 def of_operator(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Spectrum:
-    """The spectrum of Theta by products alone: block Lanczos for its top, stochastic Lanczos quadrature for the rest.
+    """The spectrum of Theta by products alone: block Lanczos for the top, stochastic Lanczos quadrature for the rest.
 
     The density has 8 probes of 25 steps, or fewer steps if that would take more than a quarter of ``passes`` or of
     ``j.memory``. See :func:`ntkbench.estimators.lanczos.ritz_pairs` and :func:`ntkbench.estimators.lanczos.density`.
@@ -253,9 +253,10 @@ def _angles(values: np.ndarray, errors: np.ndarray, top: int) -> np.ndarray:
 
 
 def entropy_rounding(n: int, share: float) -> float:
-    """The relative change of the entropy effective rank, if Theta changes by this share of its trace (Frobenius).
+    """Bound on the relative change of the entropy effective rank if Theta changes by a share of its trace.
 
-    By Audenaert 2007, equation 4, as sqrt(n) times the Frobenius norm bounds the trace norm.
+    The change is in the Frobenius norm. By Audenaert 2007, equation 4, as sqrt(n) times this norm bounds the trace
+    norm.
 
     Args:
         n: size of Theta.

@@ -94,9 +94,9 @@ def finite_population(estimate: PointEstimate, k: int, n: int) -> PointEstimate:
 
     The quadratic forms of a complete orthonormal basis add up to a trace, so k of n probes are a draw without
     replacement. The finite-population correction is exact for one mean, and holds to first order for smooth functions
-    of means. A complete basis has no error, also where n = 1 and a single probe does not show any.
+    of means. A complete basis has no error, even for n = 1, where a single probe gives no scatter.
     """
-    # The scatter of a single probe is unknown, but where it spans the space it has no error.
+    # The scatter of a single probe is unknown, but a probe that spans the space has no error.
     return estimate._replace(standard_error=estimate.standard_error * math.sqrt(1 - k / n) if k < n else 0.0)
 
 
@@ -110,8 +110,8 @@ class MomentEstimates:
         double: covariance due to the interaction of pairs of probes, ``[m, m]``.
         bound: upper bound on the covariance of the part for which there are too few probes, ``[m, m]``.
         degrees: degrees of freedom of the covariance.
-        left_out: by how much each estimate changes without one of the K probes of one of N strata, ``[m, N, K]`` for
-            each independent group of probes; empty if that is not known.
+        left_out: change of each estimate without one of the K probes of one of N strata, ``[m, N, K]`` for each
+            independent group of probes; empty if it is not known.
     """
 
     means: np.ndarray
@@ -123,7 +123,7 @@ class MomentEstimates:
 
     @classmethod
     def nothing(cls, moments: int) -> MomentEstimates:
-        """Moments of nothing: they are 0, and have no error."""
+        """Moments of nothing: 0, without an error."""
         none = np.zeros((moments, moments))
         return cls(np.zeros(moments), none, none, none, math.inf)
 
@@ -148,14 +148,14 @@ class MomentEstimates:
     def standard_error(self, gradient: np.ndarray, function: Callable[[np.ndarray], float] | None = None) -> float:
         """Standard error of a function of the moments, by the delta method and, if it is given, by the jackknife.
 
-        Where few strata have most of the variance, the function is not linear over the spread of their probes, and the
-        delta method underestimates the variance: by a third for alignments of 12 samples, one of them 100 times the
-        others, and 20 probes. There the variance due to single probes is that of the function itself without each
-        probe of those strata in turn, the stratified jackknife, if this is larger.
+        If a few strata have most of the variance, the function is not linear over the spread of their probes, and the
+        delta method underestimates the variance: by a third for alignments of 12 samples, one of them 100 times as
+        large as the others, and 20 probes. For these strata, the variance due to single probes is that of the
+        stratified jackknife, the function without each probe in turn, if this is larger.
 
         Args:
             gradient: gradient of the function, ``[m]``.
-            function: the function; ``nan`` outside of its domain.
+            function: the function; ``nan`` outside its domain.
         """
         single, double, bound = (float(gradient @ part @ gradient) for part in (self.single, self.double, self.bound))
         if function is not None:
@@ -164,10 +164,10 @@ class MomentEstimates:
         return math.sqrt(max(single + double, double / 2, 0.0)) + math.sqrt(max(bound, 0.0))
 
     def _beyond_linear(self, gradient: np.ndarray, function: Callable[[np.ndarray], float]) -> float:
-        """By how much the jackknife variance of a function exceeds that of its linear part, in the heaviest strata.
+        """Excess of the jackknife variance of a function over that of its linear part, in the heaviest strata.
 
-        It is 0 if the jackknife's is smaller, as that of few probes with few different values may be far too small; and
-        for a single stratum, whose pairs of probes the jackknife would count twice.
+        It is 0 if the jackknife's is smaller, as that of a few probes with few distinct values may be far too small. It
+        is also 0 for a single stratum, whose pairs of probes the jackknife would count twice.
         """
         value, excess = function(self.means), 0.0
         linear = [np.einsum("m,mbk->bk", gradient, part) for part in self.left_out]
@@ -200,7 +200,7 @@ class MomentEstimates:
 OF_BOUND = 2 / 3
 """Variance of the square of a normal variable, relative to its second moment."""
 HEAVY = 0.1
-"""Share of the variance from which on a stratum's part is that of the jackknife."""
+"""Share of the variance above which a stratum's part is taken from the jackknife."""
 
 
 def _jackknife_variances(changes: np.ndarray) -> np.ndarray:
@@ -223,18 +223,18 @@ class PairSums:
     treated as fully correlated with the rest. A single pair, of two probes in one stratum, has no degrees of freedom.
 
     Args:
-        N: strata.
-        K: probes.
-        moments: moments.
+        N: number of strata.
+        K: number of probes.
+        moments: number of moments.
     """
 
     @staticmethod
     def least_probes(N: int, O: float, error: float) -> float:  # noqa: E741 - the field's symbol
-        """Probes with which ||Theta||_F^2 has a relative standard error, of strata of O outputs, at best.
+        """Probes that a relative standard error of ||Theta||_F^2 takes at best, with N strata of O outputs.
 
         The square of v^T M w over random signs has at least the relative variance 2 (1 - 1/O), which is that of M = I,
-        unless few outputs contribute most of ||M||_F^2. Different pairs are uncorrelated then, and about N^2 K^2 / 2 of
-        them contribute, equally at best, so that the relative variance is 4 (1 - 1/O) / (N K)^2.
+        unless few outputs contribute most of ||M||_F^2. Different pairs are then uncorrelated, and about N^2 K^2 / 2 of
+        them contribute, equally at best, so the relative variance is 4 (1 - 1/O) / (N K)^2.
         """
         return 2 * math.sqrt(1 - 1 / O) / (N * error)
 

@@ -15,7 +15,7 @@ from ntkbench.operators.recurrent.state_kernel import BlockOperator, StateKernel
 
 
 def moments_of_k(kernel: StateKernel, at_f: StateKernel | None = None) -> Moments:
-    """tr K and ||K||_F^2, exact and without a pass; with ``at_f`` also ||K_f||_F^2 and tr(K K_f).
+    """tr K and ||K||_F^2, exact and without passes; with ``at_f`` also ||K_f||_F^2 and tr(K K_f).
 
     Uses ||V V^T||_F = ||V^T V||_F, which takes B T V^2 multiplications for the V numbers that feed a gate.
     """
@@ -44,10 +44,10 @@ def metric_of_p(
 ) -> Estimate:
     """A metric of P P* from random signs u, with the jackknife's standard error over probes.
 
-    The trace is E ||P* u||^2, the squared norm is E ||P P* u||^2, and the cross term of alignment is
-    E <P P* u, (P P*)_f u>, all over the same u. Equal seeds give equal probes at all weights, so that differences
-    between checkpoints are paired. Each of the estimate's ``passes`` is one product with P or P*: one per probe for the
-    trace, two otherwise, and twice that for alignment.
+    The trace is E ||P* u||^2, the squared norm is E ||P P* u||^2, and the cross term of alignment is E <P P* u,
+    (P P*)_f u>, all over the same u. Equal seeds give equal probes at all weights, so differences between checkpoints
+    are paired. Each of the estimate's ``passes`` is one product with P or P*: one per probe for the trace, two
+    otherwise, and twice that for alignment.
 
     Raises:
         BadInput: no such metric, fewer than two probes, or ``at_f`` is missing or superfluous.

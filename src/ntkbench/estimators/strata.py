@@ -1,4 +1,4 @@
-"""Strata that are taken exactly: if few strata have most of ||Theta||_F^2, those few."""
+"""Strata that are treated exactly: the few that have most of ||Theta||_F^2, if there are such."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ UNEVEN = 4
 """Strata are uneven if their effective number is smaller than their number by more than this factor."""
 
 GAIN = 2
-"""Strata are taken exactly if that reduces the predicted variance by more than this factor."""
+"""Strata are treated exactly if this reduces the predicted variance by more than this factor."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The strata that are taken exactly.
+    """The strata that are treated exactly.
 
     Attributes:
         exact: their indices, in ascending order.
         share: their approximate share of the whole.
-        uneven: whether few strata have most of it.
-        of: the quantity that is shared.
+        uneven: whether a few strata have most of the whole.
+        of: name of the whole.
     """
 
     exact: np.ndarray = field(default_factory=lambda: np.arange(0))
@@ -35,7 +35,7 @@ class Choice:
         return len(self.exact)
 
     def notes(self, stratum: str) -> tuple[str, ...]:
-        """Remarks on the choice, empty where strata are even.
+        """Remarks on the choice; empty if strata are even.
 
         Args:
             stratum: what a stratum is, in the singular.
@@ -51,8 +51,8 @@ class Choice:
 def shares(tables: Sequence[np.ndarray]) -> np.ndarray:
     """Each stratum's share of the moments, ``[N]``; they add up to 1.
 
-    A pair of equal probes of one stratum counts as well, although it overestimates the stratum's own block: pairs of
-    different probes alone may be almost zero by chance if the block has low rank.
+    Pairs of a probe with itself count as well, although they overestimate the stratum's own block: pairs of different
+    probes alone may be almost zero by chance if the block has low rank.
 
     Args:
         tables: the pairs' values for each moment, ``[N, K, N, K]``, as in
@@ -69,14 +69,14 @@ def effective_number(shares: np.ndarray) -> float:
 
 
 def are_uneven(shares: np.ndarray) -> bool:
-    """Whether few strata have most of what is shared."""
+    """Whether a few strata have most of the whole."""
     return effective_number(shares) < len(shares) / UNEVEN
 
 
 def choose(
     shares: np.ndarray, passes: float, rows: Callable[[int], int], *, max_probes: int, max_exact: int, drawn: int = 0
 ) -> Choice:
-    """The strata to take exactly, so that the predicted variance at equal passes is least.
+    """The strata to treat exactly, for the least predicted variance at equal passes.
 
     The variance of an estimate from K probes is about proportional to the sum of r_b^2 / K over the strata b that are
     not exact, with shares r. If the strata are even, none is exact.
@@ -87,7 +87,7 @@ def choose(
         rows: number of rows of an exact stratum beside K probes of the others; a probe has one row in each stratum.
         max_probes: probes in a group, each of which takes the exact strata again.
         max_exact: maximum number of exact strata.
-        drawn: number of probes so far, which are lost to the estimate if any stratum is exact.
+        drawn: number of probes so far, which are discarded if any stratum is exact.
     """
     N = len(shares)
     order = np.argsort(-shares, kind="stable")

@@ -1,8 +1,8 @@
 """Figures: from a table to PDF, PNG, the plotted numbers as CSV and a caption; and verdicts on the papers' claims.
 
-One file is one figure, drawn under the file's name. It has one function, ``draw(table) -> Drawing``. The table has at
-least one row that is ok. It is the results table, as :func:`ntkbench.figures.plotting.base.checked` returns it, or the
-table of a study, as :func:`ntkbench.figures.plotting.base.checked_study` returns it. In the second case the file says
+Each file defines one figure, named after the file, by a function ``draw(table) -> Drawing``. The table has at least one
+row that is ok. It is the results table, as :func:`ntkbench.figures.plotting.base.checked` returns it, or the table of a
+study, as :func:`ntkbench.figures.plotting.base.checked_study` returns it. In the second case the file sets
 ``TABLE = "<study>"`` and lists the ``COLUMNS`` that it reads.
 
 Neither :func:`names` nor :func:`study_of` imports a figure, and matplotlib is imported when the first one is drawn.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["CLAIMED_FROM", "REGISTRY", "claims", "draw", "draw_all", "names", "study_of"]
 
 CLAIMED_FROM = ("head_to_head", "paper_cpu", "default")
-"""Profiles whose committed tables the papers' claims are judged by: for each study, the first of these that has it."""
+"""Profiles by whose committed tables the papers' claims are judged: for each study, the first that has it."""
 
 Drawn = tuple[outcomes.Outcome, list[dict[str, Any]]]
 """How a figure ended, and a row for each of its claims."""
@@ -72,7 +72,7 @@ def table_of(name: str, folder: Path) -> Path:
 
 
 def of_tables(tables: Iterable[Path]) -> dict[str, Path]:
-    """The figures that are drawn from some tables, each with the file of its table; none of them is imported."""
+    """The figures that are drawn from these tables, each with the file of its table; no figure is imported."""
     found = {file.name: file for file in tables}
     return {name: found[file] for name in names() if (file := table_of(name, Path()).name) in found}
 
@@ -109,7 +109,7 @@ def draw_all(tables: Mapping[str, Path], folder: Path) -> dict[str, outcomes.Out
     Returns:
         an outcome for each figure: ``ok``, or a status and a reason in one line.
     """
-    from ntkbench.figures.plotting import files  # forked processes find it imported
+    from ntkbench.figures.plotting import files  # imported before processes are forked
 
     count = ambient.cores()
     shares = [dict(list(tables.items())[start::count]) for start in range(min(count, len(tables)))]

@@ -36,16 +36,16 @@ LOST = ("below", "above")
 """Verdicts out of range."""
 RING: dict[str, Any] = {"color": styles.BLACK, "marker": "o", "markersize": 8, "fillstyle": "none", "linestyle": ""}
 BANDS = {False: ("#E3EFE8", "the others"), True: ("#C9DFD3", AUTO)}
-"""Colour of the target and whose target it is, by whether the method is ``auto``."""
+"""Colour of the target and the methods that it is for, by whether that is ``auto``."""
 
 KEPT = ["problem", "metric", "method", "title", "way", "ratio", "covered", "covered_low", "covered_high", "noted"]
 KEPT += ["exact", "passes_spent", "rmse", "seeds", "target_low", "target_high", "verdict"]
 
 
 def cases(table: pd.DataFrame) -> pd.DataFrame:
-    """The cases of each method as it is requested: all measured rows but the ``matched`` ones.
+    """The cases of each method as requested: all measured rows except the ``matched`` ones.
 
-    Those request the method that runs of ``auto`` to the tolerance used by its name; they are for :func:`stopping`.
+    Those request by name the method that most runs of ``auto`` to the tolerance used; only :func:`stopping` reads them.
     """
     return table[(table["status"] == "ok") & table["way"].isin(WAYS)]
 
@@ -203,7 +203,7 @@ def _caption(points: pd.DataFrame) -> str:
 
 
 def stopping(table: pd.DataFrame) -> str:
-    """The cost of stopping at a tolerance, relative to a fixed budget of equally many passes; empty if not measured."""
+    """A sentence on the cost of stopping at a tolerance over that of a fixed budget; empty if it was not measured."""
     rows = base.measured(table, "covered", "rmse", "passes_spent")
     case = ["problem", "metric", "method"]
     both = rows[rows["way"] == "rtol"].merge(rows[rows["way"] == "matched"], on=case, suffixes=("", "_fixed"))

@@ -19,11 +19,11 @@ PANELS = {
     "seconds": ("predicted_seconds", "seconds", 1.0, "seconds"),
     "memory": ("predicted_bytes", "memory_bytes", 2.0**20, "peak memory [MiB]"),
 }
-"""By heading: columns of what is predicted and measured, the size of the unit, and the label of both axes."""
+"""By heading: columns of the prediction and the measurement, the unit, and the label of both axes."""
 COLOURS = {"exact": styles.BLUE, "approximate": styles.GREEN, "stochastic": styles.VERMILION}
 FACTOR = 2.0
 FLOOR = 0.5
-"""MiB; smaller peaks count as this, since they are lost in the process's other memory."""
+"""MiB; smaller peaks count as this, since they cannot be told from the process's other memory."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:

@@ -18,7 +18,7 @@ from ntkbench.figures.plotting.styles import Look, looks
 TARGET = (0.90, 0.98)
 """Accepted coverage of a 95 % interval."""
 FEW = 20
-"""Below this effective rank few directions dominate a metric, and few probes say little about their spread."""
+"""Below this effective rank few directions dominate a metric, and few probes reveal little of their spread."""
 GROUPS = {"other": 0.0, "below": 0.26}
 """Groups of cells by effective rank, and how far below its method's line a group is drawn."""
 

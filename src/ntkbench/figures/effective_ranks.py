@@ -20,14 +20,14 @@ KERNELS = {
     "sum_of_logits": "pNTK (sum of logits)",
     "single_logit": "single logits",
 }
-"""Lines from above."""
+"""Lines of a panel, from top to bottom."""
 STATISTICS = {
     "stored": (styles.BLUE, "o", "of training"),
     "calibrated": (styles.GREEN, "D", "of these images"),
     "uncalibrated": (styles.VERMILION, "^", "means 0, variances 1"),
 }
 OFFSETS = {"initial": 0.17, "trained": -0.17}
-"""Lines of a kernel, apart by weights."""
+"""Vertical offsets within a kernel's line, by weights."""
 FACES = {"initial": "white", "trained": None}
 
 
@@ -99,7 +99,7 @@ def _weights() -> list[tuple[Line2D, str]]:
     return [(Line2D([], [], **sample, markerfacecolor="white"), "initial"), (Line2D([], [], **sample), "trained")]
 
 
-# --- words from the data
+# --- title and caption
 
 
 def _title(points: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""Relative error against Jacobian passes, the cost in theory: families of methods on the tasks with most points."""
+"""Relative error against passes, the theoretical cost: families of methods on the tasks with the most points."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLOOR = 1e-8
 """Smaller errors are drawn at this value: exact methods may agree to the last bit, and a log axis has no zero."""
 COLUMNS, PANELS = 3, 6
 GOAL = 0.01
-"""Error of the title."""
+"""Error to which the title compares costs."""
 CASE = ["problem", "setting", "metric"]
 KINDS = {"exact": "exact methods", "stochastic": "estimates"}
 COLOURS = (styles.ORANGE, styles.SKY, styles.WINE, styles.BLACK, styles.INDIGO, styles.OLIVE)
@@ -95,7 +95,7 @@ def _cases(points: pd.DataFrame) -> list[tuple[str, str, str]]:
 
 
 def _best(points: pd.DataFrame) -> pd.Series:
-    """Whether a point is its family's most accurate at its cost or less, task by task."""
+    """Whether each point is the most accurate of its task and family at its cost or less."""
     ordered = points.sort_values([COST, "error"])
     least = ordered.groupby([*CASE, "series"], sort=False)["error"].cummin()
     before = least.groupby([ordered[c] for c in [*CASE, "series"]], sort=False).shift(fill_value=math.inf)
@@ -103,14 +103,14 @@ def _best(points: pd.DataFrame) -> pd.Series:
 
 
 def _won(rows: pd.DataFrame) -> pd.DataFrame:
-    """The method of the fewest passes to an error of 1 % for each task, by fitted laws; approximations do not count."""
+    """The method with the fewest passes to a 1 % error on each task, by fitted laws, without approximations."""
     rows = rows[rows["kind"] != "approximate"]
     costs = rows.assign(**dict.fromkeys(("seconds", "seconds_q25", "seconds_q75"), rows[COST]))
     return tasks.winners(costs, {f"{100 * GOAL:g} %": GOAL}, drift=0.0)
 
 
 def _title(points: pd.DataFrame, won: pd.DataFrame) -> str:
-    """Which kinds of methods surely reach an error of 1 % with the fewest passes, on how many tasks."""
+    """The number of tasks on which each kind of method surely takes the fewest passes to a 1 % error."""
     if not len(won):
         return f"Relative error against passes: no exact method or estimate is within {100 * GOAL:g} %"
     sure = won[won["fastest_of_kind"] >= tasks.SURE]
@@ -121,9 +121,9 @@ def _title(points: pd.DataFrame, won: pd.DataFrame) -> str:
 
 
 def _with_a_choice(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The rows of problems on which error can be traded for and a sentence on the others.
+    """The rows of problems with a trade-off between error and cost, and a sentence on problems without a measurement.
 
-    Those are problems with a measured point of a method that is not exact; all problems if there is none.
+    Such problems have a measured point of a method that is not exact. If none has, all rows are returned.
     """
     case = ["problem", "setting"]
     points = base.measured(table, COST, "error")
@@ -182,7 +182,7 @@ def _families(points: pd.DataFrame) -> key.Key:
 
 
 def _guides(panel: Axes, points: pd.DataFrame) -> None:
-    """Guide lines with theory's slopes, from one point above the cheapest stochastic method; the first is above all."""
+    """Guide lines of the theoretical slopes from one point at the least cost; the first lies above all estimates."""
     if len(points):
         x = pd.Series([points[COST].min(), panel.get_xlim()[1]])
         height = 2 * (points["error_drawn"] * (points[COST] / x[0]) ** 0.5).max()

@@ -21,7 +21,7 @@ COLUMNS: tuple[str, ...] = ("spectrum", "n", "P", "outputs_per_parameter", "effe
 COLUMNS += ("title", "kind", "passes", "passes_spent", "error", "error_q25", "error_q75", "seeds")
 
 FLOOR = 1e-5
-"""Errors below are rounding in float32: methods below it are equally good."""
+"""Errors below this are float32 rounding; methods below it tie."""
 TIE = 1.96
 """Two median errors closer than this many standard deviations over seeds tie."""
 MOST = 3
@@ -34,7 +34,7 @@ KEPT += ["passes_spent", "error", "error_q25", "error_q75", "seeds", "tied"]
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """The methods of least median error for every spectrum (rows) and budget (columns), by metric and shape of J."""
+    """The methods with the least median error by spectrum (rows) and budget (columns), per metric and shape of J."""
     points = base.measured(table, "error")
     if not len(points):
         return base.nothing(table, labels.why_not(table))

@@ -38,7 +38,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         return base.nothing(exact[KEPT], why)
     metric = _metric(exact)
     exact = exact[exact["metric"] == metric]
-    # A method that runs nowhere on a backend (not written for it) has no cost there and is not shown.
+    # A method whose cells of a backend are all skipped is left out for this backend.
     runs = exact.groupby(["method", "backend"])["status"].transform(lambda status: (status != "skipped").any())
     plotted = exact.loc[runs, KEPT].copy()
     plotted["memory_mib_drawn"] = (plotted["memory_bytes"] / MIB).clip(lower=FLOOR)
@@ -94,20 +94,20 @@ def _metric(exact: pd.DataFrame) -> str:
 
 
 def _one_network(cells: pd.DataFrame) -> pd.DataFrame:
-    """Of a family whose network changes with its sizes, the rows of the network with the most n."""
+    """The rows of the network with the most values of n, in a family whose network depends on its sizes."""
     counts = cells.groupby("P", dropna=False)["n"].nunique()
     most = counts.index[int(np.argmax(counts))]
     return cells[cells["P"].isna() if pd.isna(most) else cells["P"] == most]
 
 
 def _extent(cells: pd.DataFrame) -> tuple[int, int]:
-    """The key that networks are chosen and sorted by: the number of lines, and the number of sizes."""
+    """The key by which networks are chosen and sorted: the number of lines, and the number of sizes."""
     measured = base.measured(cells, "n")
     return len(measured.drop_duplicates(LINE)), measured["n"].nunique()
 
 
 def _with_slopes(plotted: pd.DataFrame) -> pd.DataFrame:
-    """The rows with the exponents of n at which their line's seconds and memory grow between the two largest n."""
+    """The rows with the exponents of n by which the seconds and memory of their line grow between the two largest n."""
     for quantity in QUANTITIES:
         ends = base.measured(plotted[(plotted["n"] > 0) & (plotted[quantity] > 0)], "n", quantity)
         slopes = {name: _slope(line.groupby("n")[quantity].median()) for name, line in ends.groupby(LINE)}
@@ -160,7 +160,7 @@ def _aside(panel: Axes, place: int, count: int, transform: Any = None) -> Any:
 
 
 def _guides(panel: Axes) -> None:
-    """Slopes n and n^2 in the upper left corner, where costs are low."""
+    """Guide lines n and n^2 in the upper left corner, which is free, since costs are low at small n."""
     (left, right), (low, high) = np.log(panel.get_xlim()), np.log(panel.get_ylim())
     width = min(0.28 * (right - left), 0.2 * (high - low))
     x, bottom = left + 0.06 * (right - left), high - 0.08 * (high - low) - 2 * width
@@ -182,7 +182,7 @@ def _lost(panel: Axes, cells: pd.DataFrame, style: dict[str, Look]) -> None:
 def _names(
     panel: Axes, cells: pd.DataFrame, quantity: str, names: dict[tuple[str, str], str], style: dict[str, Look]
 ) -> None:
-    """Names of the methods right of the last column, at the heights of their lines' ends; below, those it lacks."""
+    """Names of the methods right of the last column, at the ends of their lines; methods without a line are below."""
     low, high = np.log(panel.get_ylim())
     points = base.measured(cells[cells[quantity] > 0], quantity)
     ends = {pair: line[quantity].iloc[-1] for pair, line in points.groupby(["method", "backend"])}

@@ -62,7 +62,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _title(points: pd.DataFrame) -> str:
-    """The error and seconds of shared probes at the post's number, or the network."""
+    """The error and seconds of shared probes at the post's number of samples; the network alone if they are missing."""
     network = labels.name_label(points["problem"].iloc[0])
     samples = float(sources.values("hazelden_blog").set_index("quantity")["value"]["samples"])
     shared = points[(points["method"] == claims.SHARED) & (points["m"] == samples)]
@@ -76,7 +76,7 @@ def _title(points: pd.DataFrame) -> str:
 
 
 def _samples(panel: Axes, line: pd.DataFrame, quantity: str) -> None:
-    """The number of samples of each point: above errors and the seconds of Hutch++, below the seconds of others."""
+    """The number of samples at each point: above errors and the seconds of Hutch++, below other seconds."""
     where: dict[str, Any] = {"xytext": (0, 7), "ha": "center"}
     if quantity == "seconds":
         above = line["method"].iloc[0] == "hutchpp"
@@ -87,7 +87,7 @@ def _samples(panel: Axes, line: pd.DataFrame, quantity: str) -> None:
 
 
 def _claims(points: pd.DataFrame) -> tuple[claims.Claim, ...]:
-    """Seconds and error of shared probes against the post's, and shared probes against Hutch++."""
+    """Seconds and error of shared probes against the post's, shared probes against Hutch++, and where the two cross."""
     there = sources.values("hazelden_blog").set_index("quantity")
     samples, seconds, error = (float(there["value"][name]) for name in ("samples", "seconds", "error"))
     alignment = points[points["metric"] == "alignment"]
@@ -147,10 +147,10 @@ def _claims(points: pd.DataFrame) -> tuple[claims.Claim, ...]:
 
 
 def crossings(alignment: pd.DataFrame) -> dict[str, float]:
-    """Samples from which three Hutch++ traces have smaller errors than shared probes, by what is equal in both.
+    """Samples above which three Hutch++ traces have smaller errors than shared probes, by what is equal for both.
 
-    With equal samples, these are the columns of a sketch on one side and the probes on the other; with equal passes,
-    they are counted in probes. A crossing outside of the budgets that both have is left out.
+    With equal samples, a column of a sketch counts as much as a shared probe. With equal passes, the result is the
+    number of shared probes. A crossing outside of the budgets that both have is left out.
 
     Args:
         alignment: measured rows of the alignment.

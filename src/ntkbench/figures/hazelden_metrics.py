@@ -61,12 +61,12 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _shown(rows: pd.DataFrame) -> str:
-    """The baseline that is drawn: the published script's, a column at a time, if it was timed."""
+    """The baseline to draw: that of the published script, a column at a time, if it was timed."""
     return next(name for name in reversed(BASELINES) if name in set(rows["baseline"]))
 
 
 def _shift(rows: pd.DataFrame) -> float:
-    """The script's baseline over that in blocks, seconds for one metric; ``nan`` if one was not timed."""
+    """Seconds of the script's baseline over those in blocks, for one metric; ``nan`` if one was not timed."""
     seconds = rows.groupby("baseline")["baseline_seconds"].first()
     blocks = float(seconds.get("direct", np.nan))
     return float(seconds.get("direct_one_by_one", np.nan)) / blocks if blocks else math.nan
@@ -86,7 +86,7 @@ def _title(plotted: pd.DataFrame) -> str:
 
 
 def shares(table: pd.DataFrame) -> pd.DataFrame:
-    """The estimates once for each baseline, their runtime in percent of it."""
+    """A row for each estimate and baseline, with the runtime in percent of the baseline's."""
     points = base.measured(table, "seconds")
     estimates = points[~points["method"].isin(BASELINES)].drop(columns="share")
     exact = points.loc[points["method"].isin(BASELINES), ["metric", "method", "seconds", "share"]]

@@ -80,7 +80,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _title(plotted: pd.DataFrame) -> str:
-    """Speed-ups of the best estimate at the lowest accuracy, over a column at a time and over the best exact method."""
+    """Speed-ups of the best estimate at the lowest accuracy: the range over baselines, by network."""
     said = []
     for network, rows in plotted[plotted["inaccuracy"] == ACCURACIES[0]].dropna(subset="speedup").groupby("network"):
         best = rows.groupby("baseline")["speedup"].max()
@@ -93,10 +93,10 @@ def _title(plotted: pd.DataFrame) -> str:
 def speedups(table: pd.DataFrame) -> pd.DataFrame:
     """A row for each network, method, baseline and accuracy: times of the baseline over those of the method.
 
-    The method's time is where the law of its errors crosses the accuracy, from all numbers of samples and ``seeds``
-    estimates; nothing is extrapolated. The 95 % band has the spread of both times. ``theory`` is the speed-up of an
-    estimate without deflation that takes as many passes as its variance requires, 2 (0.6745 / error)^2 / effective
-    rank, at the measured seconds of as many passes.
+    The method's time is where the law of its errors, fitted to all numbers of samples and ``seeds`` estimates, crosses
+    the accuracy; nothing is extrapolated. The 95 % band includes the spread of both times. ``theory`` is the speed-up
+    of an estimate without deflation at the passes that its variance requires, 2 (0.6745 / error)^2 / effective rank,
+    with the measured seconds of that many passes.
     """
     rows = []
     points = base.measured(table, "seconds")

@@ -16,7 +16,7 @@ QUANTITIES = tuple(f"{name}{q}" for name in ("seconds", "value", "error") for q 
 COLUMNS = ("problem", "network", "method", "title", "grid", "m", "n", "P", "reference", "seeds", *QUANTITIES)
 FLOOR = 1e-8
 RATE = -0.5
-"""Power of m with which errors of independent probes fall."""
+"""Power of m that the errors of independent probes follow."""
 CAPTION = (
     "Estimates of tr Theta by the three estimators of the paper's script, medians over reruns with quartiles. Left: "
     "estimate over exact value, against the script's m. Then: relative error against the seconds of one estimate, "
@@ -93,7 +93,7 @@ def _errors(panel: Axes, rows: pd.DataFrame, network: str, size: str, looks: dic
 
 
 def _claims(points: pd.DataFrame) -> tuple[claims.Claim, ...]:
-    """The traces themselves, errors and seconds at equal m, and how the errors of one-sided estimators fall."""
+    """The traces themselves, errors and seconds at equal m, and the decay of errors of one-sided estimators."""
     networks = [name for name in ("mlp", "gru") if name in set(points["network"])]
     return (
         *(_trace(points[points["network"] == network], network) for network in networks),
@@ -167,7 +167,7 @@ def _at_equal_samples(points: pd.DataFrame) -> tuple[claims.Claim, ...]:
 
 
 def _rate(rows: pd.DataFrame, network: str, method: str) -> claims.Claim | None:
-    """How errors fall with m, if the estimator is one-sided and has enough points for an interval."""
+    """The rate at which errors fall with m, if the estimator is one-sided and has enough points for an interval."""
     if method == "hutchpp_paper":
         return None
     slope, half = curves.slope(rows["m"], rows["error"])

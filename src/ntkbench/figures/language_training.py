@@ -1,4 +1,4 @@
-"""Alignment, effective rank, trace and norm of a transformer's NTK along its training, as a whole and by layer."""
+"""Alignment, effective rank, trace and norm of a transformer's NTK along its training, whole and by layer."""
 
 from __future__ import annotations
 

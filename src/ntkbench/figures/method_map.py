@@ -1,4 +1,4 @@
-"""Which method to use: the family of the fastest one by metric, tolerance and size of the problem."""
+"""Which method to use: the family of the fastest method, by metric, tolerance and size of the problem."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _choices(known: pd.DataFrame) -> pd.DataFrame:
-    """The fastest method of each task; without a method if none is within the tolerance.
+    """The fastest method of each task, missing if no method is within the tolerance.
 
-    ``measured`` names the families measured on the problem and metric, and ``sure`` says whether its family is the
-    fastest.
+    ``measured`` names the families measured on the problem and metric, and ``sure`` says whether the family of the
+    fastest method surely wins.
     """
     tried = known.drop_duplicates(CASE)[[*CASE, "n", "O", "P"]]
     tried = tried.merge(pd.DataFrame({"tolerance": list(TOLERANCES)}), how="cross")
@@ -94,7 +94,7 @@ def _contested(chosen: pd.DataFrame, tolerance: str) -> pd.DataFrame:
 
 
 def _map(panel: Axes, here: pd.DataFrame, limits: dict[str, tuple[float, float]]) -> None:
-    """Dots in the colour of the family that is the fastest; those of the same size side by side or above each other."""
+    """Dots in the colour of the fastest family; those of the same size side by side or above each other."""
     panel.set(xscale="log", yscale="log", xlim=limits["n"], ylim=limits["O"])
     _regions(panel, here, limits)
     canvas.decades(panel.xaxis, *limits["n"])
@@ -121,7 +121,7 @@ def _map(panel: Axes, here: pd.DataFrame, limits: dict[str, tuple[float, float]]
 
 
 def _regions(panel: Axes, here: pd.DataFrame, limits: dict[str, tuple[float, float]]) -> None:
-    """Half a decade around each task, in the colour of the nearest task's family if that surely wins; else hatched."""
+    """Half a decade around each task in the colour of a family that surely wins, else white; hatched beyond."""
     (left, right), (low, high) = np.log10(limits["n"]), np.log10(limits["O"])
     panel.add_patch(Rectangle((0, 0), 1, 1, transform=panel.transAxes, zorder=0, **UNMEASURED))
     panel.text(0.03, 0.93, "O > n", transform=panel.transAxes, va="top", fontsize=8.5, color=styles.GREY)
@@ -141,7 +141,7 @@ def _regions(panel: Axes, here: pd.DataFrame, limits: dict[str, tuple[float, flo
 
 
 def _mark(kind: Any, contested: bool, sure: bool = True) -> dict[str, Any]:
-    """Keywords for a dot: a grey cross without a winner, small without a rival family, open where it is not sure."""
+    """Keywords for a dot: a grey cross without a winner, small without a rival family, open if it is not sure."""
     if not isinstance(kind, str):
         return {"marker": "x", "color": styles.GREY, "markersize": 6, "linestyle": ""}
     look = tasks.FAMILIES.get(kind, styles.Look(kind, kind, kind, styles.GREY, "D"))
@@ -163,7 +163,7 @@ def _counts(rows: pd.DataFrame) -> list[str]:
 
 
 def _rule(here: pd.DataFrame, name: str) -> str:
-    """Which family surely wins how many tasks of a panel."""
+    """The number of tasks of a panel that each family surely wins."""
     if name == "exact":
         return f"an exact method on {here['method'].notna().sum()} of {len(here)} tasks"
     rows = _contested(here, name)
@@ -173,7 +173,7 @@ def _rule(here: pd.DataFrame, name: str) -> str:
 
 
 def _key(chosen: pd.DataFrame) -> key.Key:
-    """A heading for each family with how often it surely wins, the undecided tasks, and what regions mean."""
+    """A heading for each family with the number of its sure wins, the undecided tasks, and what regions mean."""
     known = [t for t in TOLERANCES if t != "exact"]
     columns: list[tuple[str, list[key.Entry]]] = []
     for kind in [k for k in base.KINDS if k in set(chosen["kind"].dropna())][:3]:

@@ -59,7 +59,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             for _, line in rows[rows["method"] == method].groupby("depth" if x == "O" else "O"):
                 curves.line(panel, line, x, "ratio", looks[method])
         curves.published(panel, known, "black", x, "ratio")
-        if x == "depth":  # at another O than ours
+        if x == "depth":  # the published O differs from ours
             where = known[["depth", "ratio"]].iloc[-1]
             panel.annotate(published, where, xytext=(4, -15), textcoords="offset points", ha="right", fontsize=9)
         curves.logarithmic(panel, sizes, [*found["ratio"], *known["ratio"], low, high**2])
@@ -87,7 +87,7 @@ def ratios(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def _claims(table: pd.DataFrame, points: pd.DataFrame, there: pd.DataFrame) -> tuple[claims.Claim, ...]:
-    """NTK over pNTK at the most outputs and images, written out as published, and by layers."""
+    """NTK over pNTK at the most outputs and images: from gradients written out, as published, and by layers."""
     wide = there.pivot_table(index="resnet_depth", columns="kernel", values="seconds_per_pair")
     quotient, outputs = wide["eNTK"] / wide["pNTK"], there["outputs"].max()
     found = ratios(points)

@@ -1,4 +1,4 @@
-"""A caution to Mohamadi et al. 2023: along training with weight decay the pNTK drifts to the last layer's kernel."""
+"""A caveat to Mohamadi et al. 2023: in training with weight decay, the pNTK drifts to the last layer's kernel."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _summary(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ends(plotted: pd.DataFrame, titles: pd.Series) -> dict[str, pd.Series]:
-    """The pNTK at the last step, by the title of the loss, nearest to the last layer's kernel first."""
+    """The pNTK at the last step, by the title of the loss, sorted from the nearest to the last layer's kernel."""
     once = plotted[plotted["kernel"] == "sum_of_logits"]
     ends = {titles[loss]: rows.iloc[-1] for loss, rows in once.groupby("loss", sort=False)}
     return dict(sorted(ends.items(), key=lambda item: item[1][TO_LAST]))

@@ -1,4 +1,4 @@
-"""Mohamadi et al. 2023, figures 2 to 6: how well kernels between samples stand for the NTK, against width."""
+"""Mohamadi et al. 2023, figures 2 to 6: how well kernels between samples approximate the NTK, against width."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _title(points: pd.DataFrame) -> str:
-    """With which powers of the width the pNTK's difference from the NTK falls, over the families."""
+    """The powers of the width with which the pNTK's difference from the NTK falls: the range over families."""
     found = [value for _, rows in points.groupby("family") for value, half in [slope(rows, PNTK)] if np.isfinite(half)]
     if not found:
         return "Kernels between samples that stand for the NTK, at initialisation (Mohamadi et al., figures 2 to 6)"

@@ -1,4 +1,4 @@
-"""Mohamadi et al. 2023 beyond initialisation: how well the pNTK stands for the NTK along training."""
+"""Mohamadi et al. 2023 beyond initialisation: how well the pNTK approximates the NTK along training."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _title(points: pd.DataFrame) -> str:
-    """By what factor the error changes along training, and where it grows most."""
+    """The factor by which training changes the error, and where it grows most."""
     ends = _ends(points[points["kernel"] == PNTK])
     ends = ends[(ends["first"] > 0) & (ends["last"] > 0)]
     if not len(ends):
@@ -113,7 +113,7 @@ def _panel(panel: Axes, rows: pd.DataFrame, look: styles.Look, limits: tuple[flo
 
 
 def _along(panel: Axes, steps: Sequence[float]) -> None:
-    """Steps on a logarithmic axis that has a place for 0."""
+    """A logarithmic axis of steps that includes 0."""
     first = next((step for step in steps if step > 0), 1)
     panel.set_xscale("symlog", linthresh=first, linscale=0.5)
     panel.set_xlim(-0.12 * first, 1.2 * max(*steps, first))

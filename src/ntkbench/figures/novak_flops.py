@@ -1,4 +1,4 @@
-"""Novak et al. 2022, figure 1, left: operations for an NTK entry of a 10-layer ReLU network against width."""
+"""Novak et al. 2022, figure 1, left: operations per NTK entry of a 10-layer ReLU network against width."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COLUMNS = ("N", "O", "width", "P", "method", "title", "flops", "flops_per_entry"
 THEIRS = "nt_structured_derivatives"
 OTHERS = ("nt_jacobian_contraction", "nt_ntk_vector_products")
 WIDEST = 4096
-"""The width from which the setting is the paper's."""
+"""The smallest width at which the setting counts as the paper's."""
 CAPTION = (
     "Floating-point operations of the whole NTK over its N^2 O^2 entries. neural-tangents' programs and the Jacobian "
     "alone: from the cost analysis of the lowered program, which is not run. Our kernel by layers: from the shapes of "

@@ -18,7 +18,7 @@ COLUMNS: tuple[str, ...] = ("network", "width", "side", "N", "O", "P", "method",
 COLUMNS += ("flops_per_entry", "seconds", "seconds_q25", "seconds_q75", "memory_bytes")
 NOTEBOOK = "ResNet18 224x224, eval BatchNorm"
 SAME = {"network": "ResNet18", "width": 64, "side": 224}
-"""The network of neural-tangents' notebook, as the study's table has it."""
+"""The network of neural-tangents' notebook, in the columns of the study's table."""
 OURS, THEIRS = "structured_derivatives", "nt_structured_derivatives"
 NAMES = {
     "nt_jacobian_contraction": "Jacobian contraction",
@@ -27,7 +27,7 @@ NAMES = {
     OURS: "ours",
 }
 KINDS = {"ResNet": "o", "WideResNet": "D", "ViT": "^", "Mixer": "v"}
-"""How a network's name begins, with the marker of its seconds."""
+"""Markers of seconds, by the beginning of the network's name."""
 OTHER = "s"
 """Marker of other networks."""
 OWN = (styles.PINK, "structured derivatives here")
@@ -125,7 +125,7 @@ def _panel(panel: Axes, here: pd.DataFrame, there: pd.DataFrame, looks: dict[str
 
 
 def _names(panel: Axes, here: pd.DataFrame, looks: dict[str, styles.Look]) -> None:
-    """The programs to the right of the panel, as high as the median of their ratios at the largest O."""
+    """Names of the programs to the right of the panel, at the median of their ratios at the largest O."""
     inch = 1 / (panel.get_position().width * canvas.WIDTH)
     low, high = np.log(panel.get_ylim())
     ends = {OURS: 1.0}
@@ -177,7 +177,7 @@ def _title(plotted: pd.DataFrame) -> str:
 
 
 def published(table: pd.DataFrame) -> pd.DataFrame:
-    """The notebook's seconds, where the table has the same network with as many samples."""
+    """The notebook's seconds, where the table has the same network with the same N."""
     same = table[(table[list(SAME)] == pd.Series(SAME)).all(axis=1)]
     known = sources.values("novak_notebooks", network=NOTEBOOK).assign(network=SAME["network"])
     known = known[known["N"].isin(set(same["N"]))]
@@ -209,7 +209,7 @@ def _fewest(operations: pd.DataFrame) -> str:
 
 
 def _left_out(table: pd.DataFrame) -> str:
-    """The number of cases not measured, and the main reason; the plotted numbers have all reasons."""
+    """The number of cases not measured, and the most frequent reason; the study's table has all reasons."""
     lost = table[table["status"] != "ok"]
     if not len(lost):
         return ""
@@ -237,7 +237,7 @@ def _claim(same: pd.DataFrame, known: pd.DataFrame, method: str) -> claims.Claim
 
     Args:
         same: rows of the notebook's network.
-        known: the notebook's, by method, of one case.
+        known: the notebook's rows of one case, by method.
         method: the implementation.
     """
     samples, outputs, hardware = known[["N", "O", "hardware"]].iloc[0]

@@ -19,7 +19,7 @@ OTHERS = {CONTRACTION: "Jacobian contraction", "nt_ntk_vector_products": "NTK-ve
 NOTEBOOK, SAME = "FC 3072-2048x3-8", {"inputs": 3072, "depth": 3, "width": 2048}
 """The network of neural-tangents' notebook, and its sizes in the study's table."""
 PAPER = {"inputs": 784, "depth": 9}
-"""Sizes of the paper's networks; older tables have no others, and do not say them."""
+"""Sizes of the paper's networks; older tables have only these, and lack the columns."""
 MIB = 2.0**20
 LABELS = {"seconds": "seconds", "memory_mib": "memory [MiB]"}
 
@@ -55,7 +55,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
             for method, line in rows.groupby("method", sort=False):
                 curves.line(panel, line, "width", quantity, looks[method])
             curves.logarithmic(panel, table["width"], spans[quantity])
-            panel.set_ylim(top=3 * panel.get_ylim()[1])  # room for what is over the budget
+            panel.set_ylim(top=3 * panel.get_ylim()[1])  # room for programs over the budget
             _lost(panel, table[(table["O"] == output) & (table["status"] == "out_of_memory")], looks)
             curves.counts(panel, table["width"])
             panel.tick_params(labelleft=panel is panels[0], labelbottom=panel in grid[1])
@@ -98,14 +98,14 @@ def _caption(table: pd.DataFrame) -> str:
 
 
 def _of(table: pd.DataFrame, sizes: dict[str, int]) -> pd.DataFrame:
-    """The rows of networks with these sizes; none if the table does not say them."""
+    """The rows of networks with these sizes; none if the table lacks their columns."""
     if not set(sizes) <= set(table):
         return table.iloc[:0]
     return table[(table[list(sizes)] == pd.Series(sizes)).all(axis=1)]
 
 
 def _claims(whole: pd.DataFrame, table: pd.DataFrame) -> tuple[claims.Claim, ...]:
-    """The notebook's ratios of seconds, and what the paper's figure shows of memory.
+    """The notebook's ratios of seconds, and the memory in the paper's figure.
 
     Args:
         whole: all rows.
@@ -163,8 +163,8 @@ def widest(table: pd.DataFrame) -> pd.Series:
     """By O, the width at which structured derivatives fill the budget over that at which contraction does.
 
     Widths are interpolated in logarithms. If structured derivatives fit at all widths, or contraction at none, the
-    ratio is a lower bound. O at which contraction never runs out is left out, and so is O without the memory of all
-    programs.
+    ratio is a lower bound. Values of O at which contraction never runs out of memory, or at which the memory of a
+    program is unknown, are left out.
     """
     found = {}
     for outputs, rows in table.groupby("O"):
@@ -175,7 +175,7 @@ def widest(table: pd.DataFrame) -> pd.Series:
 
 
 def _end(rows: pd.DataFrame) -> float:
-    """The width at which a program fills the budget, within the measured widths; ``nan`` if a program is unknown."""
+    """The width at which a program fills the budget, within the measured widths; ``nan`` if its memory is unknown."""
     rows = rows.sort_values("width")
     if not len(rows) or rows[["memory_bytes", "budget_mb"]].isna().any(axis=None):
         return math.nan
@@ -188,7 +188,7 @@ def _notebook(same: pd.DataFrame, there: pd.DataFrame, method: str) -> claims.Cl
 
     Args:
         same: rows of this network.
-        there: the notebook's, by method.
+        there: the notebook's rows, by method.
         method: the implementation.
     """
     samples, outputs, hardware = there[["N", "O", "hardware"]].iloc[0]

@@ -1,4 +1,4 @@
-"""Projected gradients: errors of Gram matrix, pNTK, norm and alignment against features, seconds and bytes."""
+"""Projected gradients: errors of the Gram matrix, pNTK, norm and alignment against features, seconds and bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLUMNS += tuple(f"{value}{end}" for value in VALUES for end in ("", "_low", "_h
 COLUMNS += ("trace_bias", "norm_bias", "effective_rank_bias", "bytes", "kept", "seconds", "seconds_q25", "seconds_q75")
 COLUMNS += ("alignment_seconds", "seeds", "calls")
 AGAINST = ("k", "seconds", "bytes")
-"""Rows of a problem, by what errors are drawn against."""
+"""Costs that errors are drawn against, one for each row of a problem."""
 COSTS = {
     "k": "features of a row, k",
     "seconds": "seconds (of the norm)",
@@ -37,13 +37,13 @@ COSTS = {
 }
 SHOWN = ("projection", "estimator", "approximate", "exact")
 FLOOR = 1e-4
-"""Smaller errors are drawn at this value; they are those of exact kernels."""
+"""Smaller errors, those of exact kernels, are drawn at this value."""
 NORMAL = 1.96
 """Half of a 95 % interval in standard deviations."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """Two rows of panels for each problem: against features, and against seconds and bytes."""
+    """Three rows of panels for each problem: against features, seconds and bytes."""
     points = base.measured(table, "seconds", "n")
     points = points[points["kind"].isin(SHOWN)]
     if not len(points[points["kind"] == "projection"]):
@@ -91,7 +91,7 @@ def _limits(here: pd.DataFrame) -> tuple[float, float]:
 def _panel(
     panel: Axes, here: pd.DataFrame, against: str, error: str, style: dict[str, Look], limits: tuple[float, float]
 ) -> None:
-    """Lines of all methods; for norm and alignment the published value is dashed and open, the unbiased one solid."""
+    """Lines of all methods; for norm and alignment, the published value is dashed and open, the unbiased one solid."""
     for method, rows in here.groupby("method", sort=False):
         rows = rows[rows[against].notna()].sort_values(against)
         look = style[str(method)].line("torch")
@@ -112,7 +112,7 @@ def _panel(
 
 
 def _columns(error: str) -> list[tuple[str, bool]]:
-    """Columns of an error, each with whether it is of the published, biased value."""
+    """Columns of an error, each with whether it is that of the published, biased value."""
     if error in ("norm", "alignment"):
         return [(f"{error}_unbiased", False), (f"{error}_plug_in", True)]
     return [(error, False)]
@@ -141,13 +141,13 @@ def _reading() -> list[tuple[Line2D, str]]:
     ]
 
 
-# --- words from the data
+# --- findings, title and caption
 
 
 def slopes(points: pd.DataFrame) -> pd.Series:
-    """Power of the kept features with which the error of the Gram matrix falls, by problem and method.
+    """Power of the kept features that the error of the Gram matrix follows, by problem and method.
 
-    It is a fit in logarithms; a method with fewer than three numbers of features has none.
+    It is a fit in logarithms. Methods with fewer than three numbers of features are left out.
     """
     found = {}
     for names, rows in points[points["kind"] == "projection"].groupby(["problem", "method"], sort=False):
@@ -169,17 +169,16 @@ def _faster(here: pd.DataFrame) -> pd.DataFrame:
 
 
 def choice(here: pd.DataFrame, error: str) -> str:
-    """The method to use on a problem in place of an exact kernel to save time: the most accurate of those that do.
+    """The most accurate of the methods that are faster than every exact kernel on a problem.
 
-    Both are certain to 95 %: that a method takes less time than every exact kernel, and that its error is the smallest.
+    Both hold with 95 % certainty: that the method is faster, and that its error is the smallest.
 
     Args:
         here: rows of one problem.
         error: a key of :data:`ERRORS`.
 
     Returns:
-        The title of the method, ``the exact kernel`` if none takes less time, or ``several methods`` if errors do not
-        decide.
+        The title of the method, ``the exact kernel`` if none is faster, or ``several methods`` if errors do not decide.
     """
     rows = _faster(here)
     found = pd.concat([rows.assign(error=rows[column], low=rows.get(f"{column}_low"), high=rows.get(f"{column}_high"))
@@ -212,7 +211,7 @@ def _caption(points: pd.DataFrame) -> str:
 
 
 def _advice(points: pd.DataFrame) -> str:
-    """When to use what, over all problems."""
+    """Which to use when, over all problems."""
     names = labels.families(points["problem"])
     said = []
     for error in ("gram_error", "norm"):

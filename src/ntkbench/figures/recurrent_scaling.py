@@ -1,4 +1,4 @@
-"""Growth of the seconds of NTK metrics of recurrent networks with trials, steps and probes: measured slopes."""
+"""How seconds of recurrent networks' NTK metrics grow with trials, steps and probes: measured slopes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUANTITIES = ("seconds", "seconds_q25", "seconds_q75")
 COLUMNS = ("task", "kind", "H", "varied", "N", "T", "probes", "method", "title", "metric", "passes", *QUANTITIES)
 SIZES = {"N": "trials N", "T": "steps T", "probes": "probes"}
 NOT_LINEAR = {("recurrent_exact_trace", "T"), ("per_sample_trace_forward", "T")}
-"""Not expected to be linear: the one goes back from every step, the other draws a tangent for each trial."""
+"""Not expected to be linear: the first runs backward from every step, the second draws a tangent for each trial."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -66,7 +66,7 @@ def _panel(
     looks: dict[str, styles.Look],
     slopes: dict[str, tuple[float, float]],
 ) -> None:
-    """Lines over one size, each with its slope at its end and half of its interval, by method."""
+    """Lines against one size, by method, each with its slope and half of the slope's interval at its end."""
     ends = []
     curves.logarithmic(panel, lines[size], seconds)
     low, high = panel.get_xlim()
@@ -92,7 +92,7 @@ def _slopes(slopes: dict[tuple[str, str, str], tuple[float, float]]) -> list[tup
 
 
 def _title(slopes: dict[tuple[str, str, str], tuple[float, float]]) -> str:
-    """How many costs grow faster than a size, by the intervals of their slopes."""
+    """The number of costs that grow faster than linearly, by the intervals of their slopes."""
     linear = _slopes(slopes)
     if not linear:
         return "Cost of NTK metrics of a recurrent network against trials, steps and probes"

@@ -25,7 +25,7 @@ LOOKS = {
 }
 EXACT = "cholesky"
 SLACK = 1.01
-"""Allowed ratio of a residual to its tolerance: the check itself has rounding."""
+"""Allowed ratio of a residual to its tolerance, for the rounding of the check."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -99,7 +99,7 @@ def _reading() -> list[tuple[Line2D, str]]:
     ]
 
 
-# --- words from the data
+# --- findings, title and caption
 
 FACTOR, PRODUCTS = "factor", "products"
 
@@ -107,9 +107,9 @@ FACTOR, PRODUCTS = "factor", "products"
 def fastest(points: pd.DataFrame) -> pd.DataFrame:
     """Products against the factor, for each problem, ridge and tolerance that one of them reached.
 
-    ``ratio`` is the seconds of the factor over those of the fastest method by products: above 1 products are faster. It
-    is 0 if no products reached the residual, and infinite if the factor did not. ``winner`` is :data:`FACTOR` or
-    :data:`PRODUCTS` if that is right with a probability of 95 %, and empty otherwise. ``title`` names the fastest
+    ``ratio`` is the seconds of the factor over those of the fastest method by products; above 1, products are faster.
+    It is 0 if no products reached the residual, and infinite if the factor did not. ``winner`` is :data:`FACTOR` or
+    :data:`PRODUCTS` if that has a probability of at least 95 %, and empty otherwise. ``title`` names the fastest
     method by products if that is as certain.
     """
     good = points[points["residual"] <= SLACK * points["rtol"]]
@@ -151,7 +151,7 @@ def _caption(points: pd.DataFrame) -> str:
 
 
 def _advice(found: pd.DataFrame) -> str:
-    """When to use what, over all cases."""
+    """Which to use when, over all cases."""
     won, lost = (found[found["winner"] == side] for side in (PRODUCTS, FACTOR))
     if not len(won):
         return f"Use the factor wherever Θ fits: it is faster with 95 % certainty in {len(lost)} of {len(found)} cases."

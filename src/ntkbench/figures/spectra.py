@@ -1,4 +1,4 @@
-"""Spectral quantities by products: errors and seconds against passes, and of the decomposition of all of Theta."""
+"""Spectral quantities by products: errors and seconds against passes, beside those of decomposing all of Theta."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUANTITIES = {
     "log_determinant": ("log det(I + Θ / ridge)", "relative error"),
     "density": ("spectral density", "decades"),
 }
-"""Panels from above, and what their errors are."""
+"""Headings of the panels from top to bottom, and labels of their errors."""
 SHORT = {
     "largest": "λmax",
     "top": "largest eigenvalues",
@@ -35,7 +35,7 @@ SHORT = {
     "log_determinant": "log det",
     "density": "density",
 }
-"""Their names in a sentence."""
+"""Names of the quantities in a sentence."""
 LOOKS = {
     "eigh": (styles.PINK, "P"),
     "spectrum": (styles.BLUE, "o"),
@@ -48,9 +48,9 @@ LOOKS = {
 EXACT, WHOLE = "eigh", "spectrum"
 FLOORS = {"largest": 1e-8, "top": 1e-8}
 FLOOR = 1e-4
-"""Smaller errors are drawn at this value; those of the largest eigenvalues at a floor of their own."""
+"""Smaller errors are drawn at this value; errors of the largest eigenvalues have their own floor."""
 ROUNDING = 1e-6
-"""Smaller errors are called rounding, that of float32."""
+"""Smaller errors count as float32 rounding."""
 RIGHT = 0.9
 """Share of seeds for which a stated bound must hold for a filled marker."""
 
@@ -133,19 +133,19 @@ def _reading() -> list[tuple[Line2D, str]]:
     ]
 
 
-# --- words from the data
+# --- findings, title and caption
 
 
 def at_most(points: pd.DataFrame, method: str) -> pd.DataFrame:
-    """The rows of a method with its most passes, on each problem and of each quantity."""
+    """The rows of a method at its most passes, one for each problem and quantity."""
     own = points[points["method"] == method]
     return own.loc[own.groupby(["problem", "quantity"], sort=False)["passes_spent"].idxmax()]
 
 
 def exact_is_faster(points: pd.DataFrame) -> dict[str, bool]:
-    """For each problem whether all of Theta certainly takes less time than products with the most passes.
+    """Whether decomposing all of Theta is faster, with 95 % certainty, than products with the most passes.
 
-    It is decided with a probability of 95 %. A problem without one of them is missing.
+    The result is by problem. Problems without a measurement of both are left out.
     """
     typical, found = laws.typical_spread(points), {}
     for problem, here in points.groupby("problem", sort=False):
@@ -157,10 +157,10 @@ def exact_is_faster(points: pd.DataFrame) -> dict[str, bool]:
 
 
 def most_accurate(points: pd.DataFrame) -> dict[str, str]:
-    """The method by products that is the most accurate for a quantity on every problem, by its title.
+    """The title of the method by products that is the most accurate on every problem, by quantity.
 
-    Methods are compared with their most passes. A quantity without a method of which that is certain to 95 % on each
-    problem is missing. Errors below :data:`ROUNDING` count as equal.
+    Methods are compared at their most passes. A quantity is left out unless one method is the most accurate with 95 %
+    certainty on each problem. Errors below :data:`ROUNDING` count as equal.
     """
     leads: dict[str, set[str]] = {}
     for (_, quantity), here in points[points["method"] != EXACT].groupby(["problem", "quantity"], sort=False):
@@ -191,7 +191,7 @@ def _caption(points: pd.DataFrame, shown: list[str]) -> str:
 
 
 def _advice(points: pd.DataFrame, shown: list[str]) -> str:
-    """When to use what, over all problems."""
+    """Which to use when, over all problems."""
     faster, names = exact_is_faster(points), labels.families(points["problem"])
     where = [names[problem] for problem, is_faster in faster.items() if is_faster]
     said = "Where Θ fits, decompose it if exact values are needed"

@@ -1,4 +1,4 @@
-"""Where estimating begins to pay: the fastest exact method and the fastest estimate to 1 % against the size."""
+"""Where estimating begins to pay off: the fastest exact method and the fastest estimate to 1 % against the size."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _best(known: pd.DataFrame) -> pd.DataFrame:
-    """The fastest method of each kind and task, by size; ``at_most`` if that of any method of the kind is a bound."""
+    """The fastest method of each kind and task, by size; ``at_most`` if any method of the kind has an upper bound."""
     solved = tasks.solutions(known, TOLERANCE)
     solved = solved[solved["kind"].isin(tasks.FAMILIES)]
     solved = solved.assign(at_most=solved.groupby([*tasks.TASK, "kind"])["at_most"].transform("any"))
@@ -64,7 +64,7 @@ def _best(known: pd.DataFrame) -> pd.DataFrame:
 
 
 def _pairs(best: pd.DataFrame) -> pd.DataFrame:
-    """Tasks with an exact method and an estimate: ``ratio`` of their seconds, and ``sure`` if their bands are apart.
+    """Tasks with an exact method and an estimate: ``ratio`` of their seconds, and ``sure`` if their bands are disjoint.
 
     An exact method is not surely faster than an estimate whose seconds are an upper bound.
     """
@@ -119,7 +119,7 @@ def _label(panel: Axes, here: pd.DataFrame, pairs: pd.DataFrame, places: dict[st
 
 
 def _mark(kind: str, at_most: bool = False) -> dict[str, Any]:
-    """Keywords for a point; approximate methods, whose error no budget lowers, are hollow, and bounds point down."""
+    """Keywords for a point; approximate methods, whose error is fixed, are hollow, and upper bounds point down."""
     style = tasks.FAMILIES[kind].line("jax" if kind == "approximate" else "torch") | {"linestyle": ""}
     return style | ({"marker": "v"} if at_most else {})
 
@@ -141,7 +141,7 @@ def _key(best: pd.DataFrame) -> key.Key:
 
 
 def _crossing(pairs: pd.DataFrame) -> float:
-    """The n from which estimates are faster, by a power law of the ratio; 0 if the pairs do not give it.
+    """The n above which estimates are faster, by a power law of the ratio; 0 if the pairs do not determine it.
 
     Ratios to upper bounds are left out.
     """
@@ -157,7 +157,7 @@ def _crossing(pairs: pd.DataFrame) -> float:
 
 
 def _counts(pairs: pd.DataFrame) -> tuple[int, int, int]:
-    """Tasks on which estimating surely pays, on which exact surely wins, and on which neither is sure."""
+    """Numbers of tasks on which estimating surely pays, on which exact surely wins, and on which neither is sure."""
     pays, wins = int((pairs["sure"] & pairs["pays"]).sum()), int((pairs["sure"] & ~pairs["pays"]).sum())
     return pays, wins, len(pairs) - pays - wins
 

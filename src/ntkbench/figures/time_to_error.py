@@ -29,7 +29,7 @@ ROLES = {
 ABOVE = ("published", "estimated")
 """Roles whose labels stand above the line; the others' stand below."""
 CLOSE = 1.2
-"""Ratio of two seconds under which no arrow goes from one to the other."""
+"""Ratio of two times below which no arrow connects them."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -61,7 +61,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def _with_roles(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a goal, the fastest of each kind with its role; the others' is empty.
+    """The rows of a goal with a role for the fastest method of each kind, and an empty role for the others.
 
     ``tied`` says whether the interval of another method of its kind overlaps with that of the fastest; an unknown end
     bounds nothing.
@@ -137,7 +137,7 @@ def _label(panel: Axes, line: int, above: bool, ha: str, seconds: float, row: pd
 
 
 def _ratio(panel: Axes, line: int, best: pd.Series) -> None:
-    """How many times as long the published method takes, with its interval, at the right end of the line."""
+    """The time of the published method over that of the best one, with its interval, at the right end of the line."""
     said, ends = f"{labels.rounded(_times(best))}×", [labels.rounded(end) if math.isfinite(end) else "?"
                                                      for end in _band(best)]  # fmt: skip
     where: dict[str, Any] = {"transform": panel.get_yaxis_transform(), "ha": "right"}
@@ -152,7 +152,7 @@ def _best(named: dict[str, pd.Series]) -> pd.Series | None:
 
 
 def _times(best: pd.Series) -> float:
-    """How many times as long the fastest published method takes; ``nan`` where that is not known."""
+    """The time of the fastest published method over that of the best one; ``nan`` where it is not known."""
     return 1 / best["ratio"] if 0 < best["ratio"] < math.inf else math.nan
 
 
@@ -163,7 +163,7 @@ def _band(best: pd.Series) -> tuple[float, float]:
 
 
 def _bests(goals: list[tuple[Any, pd.DataFrame]]) -> list[tuple[Any, pd.Series, pd.Series | None]]:
-    """For each goal its name, our fastest method, and the fastest as published."""
+    """The name of each goal, our fastest method, and the fastest published one."""
     found = []
     for name, rows in goals:
         named = {row["role"]: row for _, row in rows[rows["role"] != ""].iterrows()}
@@ -173,7 +173,7 @@ def _bests(goals: list[tuple[Any, pd.DataFrame]]) -> list[tuple[Any, pd.Series, 
 
 
 def _title(goals: list[tuple[Any, pd.DataFrame]]) -> str:
-    """By what factors the best method here is faster, and on how many tasks surely, by the intervals."""
+    """The factors by which the best method here is faster, and the number of tasks on which it surely is."""
     bests = [best for _, best, rival in _bests(goals) if rival is not None and math.isfinite(_times(best))]
     if not any((rows["role"] == "published").any() for _, rows in goals):
         return "No published method reaches any of these errors"

@@ -1,4 +1,4 @@
-"""When an exact kernel is cheaper than an estimate: measured winners in passes and seconds, and theory's boundary."""
+"""When an exact kernel is cheaper than an estimate: measured winners in passes and seconds, and in theory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAMILIES = {
     "pooled": (styles.ORANGE, "pooled"),
     "deflated": (styles.WINE, "pooled, deflated"),
 }
-"""Colours and words; the first family wins a tie."""
+"""Colours and names; the first family wins a tie."""
 LINES: tuple[Any, ...] = ("--", (0, (5, 1.5, 1, 1.5)), ":")
 """Line styles of the theoretical boundaries for pooled estimates, by share."""
 PREDICTED = ("per-sample", "pooled")
@@ -40,7 +40,7 @@ class Cost(NamedTuple):
 
     Attributes:
         passes, seconds: cost to a root-mean-square error; ``nan`` if it is not known.
-        tried: whether a measured budget has an error as small; otherwise the law of 1 / eps^2 is used.
+        tried: whether a measured budget reaches the error; otherwise the cost is extrapolated as 1 / error^2.
     """
 
     passes: float
@@ -91,11 +91,11 @@ def cost(rows: pd.DataFrame, error: float) -> Cost:
     """The passes and seconds of one method on one kernel to a relative error.
 
     Errors are a non-increasing curve fitted to all budgets, by isotonic regression of logarithms. Between budgets,
-    passes are interpolated in logarithms, and seconds in passes. Beyond the largest budget passes grow as 1 / error^2,
-    except for deflating methods, whose errors fall faster, and seconds are proportional to passes.
+    passes are interpolated in logarithms, and seconds in passes. Beyond the largest budget, passes grow as 1 / error^2
+    and seconds are proportional to passes; the costs of deflating methods, whose errors fall faster, are ``nan``.
 
     Args:
-        rows: of one method and kernel, one for each budget.
+        rows: rows of one method and kernel, one for each budget.
         error: the requested error.
     """
     from scipy.optimize import isotonic_regression
@@ -145,7 +145,7 @@ def _exists(*sizes: float) -> bool:
 
 
 def _costs(points: pd.DataFrame) -> pd.DataFrame:
-    """One row for each kernel, metric, error and family: what it costs, and which family wins."""
+    """One row for each kernel, metric, error and family: its cost, and the family that wins."""
     made = []
     for (*sizes, metric), kernel_rows in points.groupby([*SIZES, "metric"]):
         if "exact" not in set(kernel_rows["family"]):
@@ -167,7 +167,7 @@ def _costs(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def _least(costs: dict[str, float]) -> str:
-    """The family of the least cost; of those that tie, the first one of :data:`FAMILIES`."""
+    """The family with the least cost; if several tie, the first one in :data:`FAMILIES`."""
     known = {family: costs[family] for family in FAMILIES if math.isfinite(costs.get(family, math.nan))}
     return min(known, key=known.__getitem__)
 
@@ -186,7 +186,7 @@ class Theory(NamedTuple):
 
 
 def _theory(N: int, metric: str, octaves: int, shares: list[float]) -> Theory:
-    """The errors for all O from 2 to 2 to the power of ``octaves``, and for ranks from 1 to almost O."""
+    """The errors for O = 2, 4, ..., 2^octaves, and for ranks from 1 to almost O."""
     outputs = np.tile(2.0 ** np.arange(1, octaves + 1), (30, 1))
     ranks = outputs ** np.linspace(0, 0.995, len(outputs))[:, None]
     logs = {(family, share): np.empty_like(outputs) for family in PREDICTED for share in shares}
@@ -199,7 +199,7 @@ def _theory(N: int, metric: str, octaves: int, shares: list[float]) -> Theory:
 
 
 def _map(panel: Axes, here: pd.DataFrame, level: float, shares: list[float], theory: Theory) -> None:
-    """Winners over O and rank, shares side by side, and where theory has errors of the logarithm ``level``."""
+    """Winners over O and rank, shares side by side, and where the theoretical log error equals ``level``."""
     outputs, ranks = sorted(here["O"].unique()), sorted(here["rank"].unique())
     low, high = min(outputs) / 2, max(outputs) * 2
     panel.set(xscale="log", yscale="log", xlim=(low, high), ylim=(0.95, max(max(ranks) * 2.0, 4.0)))
@@ -296,7 +296,7 @@ def _title(plotted: pd.DataFrame) -> str:
 
 
 def _by_rule(rows: pd.DataFrame) -> pd.Series:
-    """Whether N O rank < 2 / error^2 where exact takes the fewest passes, and not elsewhere."""
+    """Whether the rule N O rank < 2 / error^2 predicts, row by row, if exact takes the fewest passes."""
     below = rows["N"] * rows["O"] * rows["rank"] < 2 / rows["error"] ** 2
     return below == (rows["winner_in_passes"] == "exact")
 

@@ -11,10 +11,12 @@ factors.py         per-sample gradients of a layer in factored form
 contraction.py     from factors to a layer's part of Theta, by the cheaper of two orders of summation
 blocks.py          one block of a kernel
 kernel.py          the kernel: as a whole, block by block, or its diagonal
-reuse.py           the same, with the trace of an equal network if one is kept
-certificate.py     the gradient that its factors give, compared with plain autograd
+parts.py           rectangles of a kernel, one by one
+reuse.py           the kernel from the trace of an equal network, if one is cached
+certificate.py     the gradient from a kernel's factors, compared with plain autograd
+last_product.py    the linear layer that a network ends with
 sample_kernels.py  kernels between samples that approximate the NTK
-tuning.py          sizes and costs that affect speed alone
+tuning.py          sizes and costs that affect only speed
 
 Importing the package imports no backend; its modules import torch.
 

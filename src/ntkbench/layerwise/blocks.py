@@ -1,4 +1,4 @@
-"""Blocks of a kernel: their rows, and the computation of one block at a time from the programs that visit them."""
+"""Blocks of a kernel, and the computation of one block at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ntkbench.layerwise.tuning import Tuning
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of the kernel: those of some samples in some output directions."""
+    """Rows of the kernel: a range of samples in a range of output directions."""
 
     samples: slice
     directions: slice
@@ -39,13 +39,13 @@ class Task:
         programs: programs of the traced network.
         directions: output directions ``[K, O]``, or one set per sample ``[N, K, O]``; ``None`` for the O unit vectors.
         O: outputs per sample.
-        layers: the layers with the parameters that count.
+        layers: the layers whose parameters count.
         memory: bytes that a contraction's intermediate results may use.
         tuning: how contractions are computed.
         fold: whether to sum over directions.
-        certificates: certificates of the parameter sets and inputs that are not certified yet, by their identities.
+        certificates: certificates of the parameter sets and inputs that are not certified yet, by identity.
         grams: Gram matrices of weights that are computed from parameters, by the identity of a parameter set and the
-            layer's number.
+            layer number.
     """
 
     programs: Programs
@@ -70,7 +70,7 @@ class Task:
         return theta
 
     def collected(self, parameters: ParameterValues, x: Tensor, block: Block) -> dict[int, LayerInputs]:
-        """The inputs of all layers' gradients, by the layer's number."""
+        """The inputs of all layers' gradients, by layer number."""
         kept: dict[int, LayerInputs] = {}
         self._run(parameters, x, block, lambda number, inputs, _: kept.__setitem__(number, inputs))
         return kept
@@ -127,7 +127,7 @@ class Task:
 
     def program(self, parameters: ParameterValues, x: Tensor, block: Block) -> Program:
         """The program that runs a block."""
-        some = parameters[0].new_empty(_length(block.directions), self.O)  # laid out as at run time, and never read
+        some = parameters[0].new_empty(_length(block.directions), self.O)  # same layout as at run time; never read
         directions = some.expand(_length(block.samples), -1, -1)
         own = self.directions is not None and self.directions.dim() == 3
         return self.programs.get(
@@ -143,9 +143,9 @@ class Task:
         *,
         again: bool = False,
     ) -> None:
-        """Deliver a block to ``take``, and to the certificate if there is one and the block is new to it.
+        """Deliver a block to ``take``, and to its certificate if it has one and the block is new to it.
 
-        ``take`` gets a layer's number, its inputs, and a function that makes its factors once.
+        ``take`` gets a layer's number, its inputs, and a function that computes its factors and caches them.
         """
         certificate = None if again else self.certificates.get((id(parameters), id(x)))
 
@@ -181,7 +181,7 @@ class Task:
         contraction.add(theta, left, right, self.memory, self.tuning)
 
     def zeros(self, parameters: ParameterValues, row: Block, column: Block) -> Tensor:
-        """A rectangle of the kernel to add to, ``[N1, K1, N2, K2]``; one direction each with ``fold``."""
+        """A rectangle of zeros to add to, ``[N1, K1, N2, K2]``; one direction each with ``fold``."""
         sizes = [n for b in (row, column) for n in (_length(b.samples), 1 if self.fold else _length(b.directions))]
         return parameters[0].new_zeros(sizes)
 
@@ -191,7 +191,7 @@ def _length(part: slice) -> int:
 
 
 def even(size: int, most: int) -> Iterator[tuple[int, int]]:
-    """Bounds of the fewest parts of ``size`` of at most ``most``, as equal as possible so that shapes repeat."""
+    """Bounds of the fewest parts of ``size``, each at most ``most`` and as equal as possible so that shapes repeat."""
     parts = -(-size // most)
     bounds = [size * i // parts for i in range(parts + 1)]
     yield from itertools.pairwise(bounds)

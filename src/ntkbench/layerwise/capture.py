@@ -31,7 +31,7 @@ Sink = Callable[[int, LayerInputs], None]
 """Takes a layer's number and its operands and cotangents."""
 
 MOST_PROGRAMS = 32
-"""Number of programs kept for one graph; the least recently used are dropped first."""
+"""Maximum number of cached programs of one graph; the least recently used are dropped first."""
 
 
 class Program:
@@ -40,13 +40,12 @@ class Program:
     It holds no values, and serves all networks with the same graph of one sample.
 
     Attributes:
-        peak: largest number of bytes that a run holds, with one layer's inputs at all their positions; parameters and
-            inputs are not counted.
+        peak: peak bytes of a run, including one layer's inputs at all positions; parameters and inputs are not counted.
         held: bytes of the operands and cotangents of all layers.
 
     Args:
         graph: the network on one sample.
-        layers: the layers to differentiate by.
+        layers: the layers to differentiate with respect to.
         parameters: in the order of ``graph.parameters``. Only the shapes of these and of the other tensors matter.
         constants: in the order of ``graph.constants``.
         x: inputs ``[N, ...]``.
@@ -80,7 +79,7 @@ class Program:
                     f, values = graph.run(theta, constants, x, tapped)
                     return f, [[values[use.operand] for use in layer.uses] for layer in layers]
 
-                # torch declares the result that has_aux adds as one of two possibilities.
+                # torch declares the result with has_aux as a union of two types.
                 _, pull, operands = vjp(outputs, taps, [by_name[name] for name in names], has_aux=True)  # type: ignore[misc]
                 return operands, *vmap(pull)(directions)
 
@@ -113,7 +112,7 @@ class Programs:
 
     Args:
         graph: the network on one sample.
-        constants: see there.
+        constants: as in the attributes.
         made: programs by shape, which all networks with this graph share.
     """
 
@@ -186,7 +185,7 @@ def _streamed(
     graph.output(None)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target is _deliver)
     for tap in placeholders[len(placeholders) - taps :]:
-        if tap.users:  # by the zero gradient of a layer that no output depends on
+        if tap.users:  # used by the zero gradient of a layer that no output depends on
             value = tap.meta["val"]
             with graph.inserting_after(sink):
                 zero = graph.call_function(
@@ -202,7 +201,7 @@ def _streamed(
 
 
 def _take_out(tap: fx.Node) -> None:
-    """Remove a tap: it is zero, so that each sum with it equals the other summand."""
+    """Remove a tap. It is zero, so each sum with it equals the other summand."""
     reached = [tap]
     while reached:
         node = reached.pop()

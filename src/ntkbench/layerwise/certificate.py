@@ -1,8 +1,8 @@
-"""The certificate of a kernel: the gradient that its factors give, compared with plain automatic differentiation.
+"""The certificate of a kernel: the gradient from its factors, compared with plain automatic differentiation.
 
 A kernel's rows are gradients of directions u_bk . f_b. With random signs c the factors of all layers add up to the
-gradient of sum_(b, k) c_bk u_bk . f_b, which one plain backward pass over the whole batch gives as well. The
-certificate therefore covers the trace, every rule, and the promise that samples do not interact.
+gradient of sum_(b, k) c_bk u_bk . f_b, which one plain backward pass over the whole batch also gives. The
+certificate therefore covers the trace, every rule, and the assumption that samples do not interact.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ntkbench.operators.plain import PlainNetwork
 
 
 class Certificate:
-    """The gradient at one parameter set, layer by layer as a kernel visits its rows.
+    """The gradient at one parameter set, accumulated layer by layer as a kernel visits its rows.
 
     Args:
         names: names of the parameters, in the order of their values.
@@ -44,7 +44,7 @@ class Certificate:
         self._covered.update(layer.parameters)
 
     def difference(self, network: PlainNetwork, memory: int) -> float:
-        """The relative difference from the plain gradient, by the parameters of all layers that were added; 1 pass.
+        """The relative difference from the plain gradient over the parameters of all added layers; 1 pass.
 
         Args:
             network: plain autograd.

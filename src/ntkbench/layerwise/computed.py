@@ -1,15 +1,17 @@
-"""Weights that are computed from parameters alone: with weight normalisation, standardised, spectrally normalised.
+"""Weights computed from parameters alone: by weight normalisation, weight standardisation or spectral normalisation.
 
-Let w = phi(theta_l), with Jacobian J_phi, enter operations that have a rule, and let G be a gradient by w in factored
-form. The gradient by theta_l is J_phi^T G, and inner products of such gradients are <G, M G'> with M = J_phi J_phi^T.
+Let w = phi(theta_l), with Jacobian J_phi, enter operations that have a rule, and let G be a gradient with respect
+to w in factored form. The gradient with respect to theta_l is J_phi^T G, and inner products of such gradients are
+<G, M G'> with M = J_phi J_phi^T.
 
 Normalisations act on blocks of entries: output channels, input channels or the whole weight. In each block M is a
 multiple of the identity except in a few directions, M = c I + Q^T diag(b) Q. For weight normalisation of rows, for
 example, w = g v / |v| has c = (g / |v|)^2 and the one direction q = v / |v| with b = 1 - c. The part of the kernel is
-then that of a plain weight, its cotangents or inputs times sqrt(c), and inner products of the few numbers Q G.
+then that of a plain weight with its cotangents or inputs times sqrt(c), plus inner products of the few numbers Q G,
+weighted by b.
 
-c, b and Q are found from products with M in float64, for any phi. One more product tests that M has this form: when a
-network is traced, at perturbed parameters, and whenever the form is used.
+c, b and Q are found from products with M in float64, for any phi. One more product tests that M has this form: at
+perturbed parameters when a network is traced, and whenever the form is used.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ def _wide(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Gram:
-    """M of a weight at some values of the parameters, in ``B`` blocks and in their precision.
+    """M of a weight at given values of the parameters, in ``B`` blocks and in the parameters' precision.
 
     Attributes:
         c: the multiple of the identity ``[B]``.
@@ -122,7 +124,7 @@ class Computed:
     Attributes:
         node: the weight, in the graph of one sample.
         parameters: the parameters that it is computed from.
-        axis: of the weight, along which the blocks lie; ``None`` for one block.
+        axis: axis of the weight along which the blocks lie; ``None`` for one block.
         rank: directions of a block.
         blocks: the block of each row ``[groups, C, 1]`` or of each column ``[groups, 1, D]`` of the weight as its rule
             arranges it.
@@ -137,13 +139,13 @@ class Computed:
     def gram(
         self, graph: SampleGraph, parameters: Sequence[Tensor], constants: Sequence[Tensor], *, tested: bool
     ) -> Gram:
-        """M at some values of the parameters; 3 ``rank`` + 2 products with M, which are passes of phi only.
+        """M at given values of the parameters; 3 ``rank`` + 2 products with M, which involve phi only.
 
         Args:
             graph: the network on one sample.
             parameters: in the order of ``graph.parameters``.
             constants: in the order of ``graph.constants``.
-            tested: whether to compare it with M.
+            tested: whether to test the form against M.
 
         Raises:
             Uncertified: M has another form.
@@ -174,7 +176,8 @@ def computed(
         node: the weight.
         names: the parameters that it is computed from.
         entries: indices of its entries as its rule arranges them, ``[groups, C, D]``.
-        parameters: in the order of ``graph.parameters``; perturbed, because normalised weights often start out special.
+        parameters: in the order of ``graph.parameters``; perturbed, because normalised weights often start at special
+            values.
         constants: in the order of ``graph.constants``.
     """
     with contextlib.suppress(Exception):  # derivatives of phi in float64 may fail in any way
@@ -233,10 +236,10 @@ def _out_of_blocks(t: Tensor, axis: int | None, shape: torch.Size) -> Tensor:
 
 
 def _gram(derivative: Derivative, axis: int | None, rank: int) -> Gram:
-    """c, b and Q of M, if M has this form with directions of at most this rank.
+    """c, b and Q of M, if M has this form with at most ``rank`` directions in each block.
 
-    On a random subspace M has 2 ``rank`` + 1 eigenvalues. More than half of them are c, because a change of rank
-    ``rank`` moves at most ``rank`` of them. M - c I maps the subspace to the span of the directions.
+    Restricted to a random subspace, M has 2 ``rank`` + 1 eigenvalues. A change of rank ``rank`` moves at most ``rank``
+    of them away from c, so c is their median. M - c I maps the subspace to the span of the directions.
     """
     shape, where = derivative.shape, derivative.device
     B = 1 if axis is None else shape[axis]
@@ -283,7 +286,7 @@ def _test_vector(derivative: Derivative) -> Tensor:
 
 
 def _difference(gram: Gram, derivative: Derivative, axis: int | None) -> float:
-    """The relative difference of M z from its form, for a random z."""
+    """The relative difference between M z and its form, for a random z."""
     z = _test_vector(derivative)
     expected, own = _in_blocks(derivative.product(z), axis), _in_blocks(z, axis)
     found = gram.c[:, None] * own

@@ -5,7 +5,7 @@ Theta_(bo)(cp) = sum_{s,t} (a_bs . a_ct) (g_bos . g_cpt), with positions s and t
 - *pairwise* (also called ghost): inner products of inputs and of cotangents first, without any gradient.
 - *explicit*: the gradients sum_s g_bos ⊗ a_bs, some channels at a time, then their inner products.
 
-Pairwise is cheaper for few positions and many channels, explicit for many positions. Of a symmetric kernel only the
+Pairwise is cheaper for few positions and many channels, explicit for many positions. For a symmetric kernel only the
 lower triangle is computed, by blocks of samples; entries above the diagonal blocks are not touched.
 """
 
@@ -64,7 +64,7 @@ def pairwise_is_cheaper(left: Products, right: Products, symmetric: bool, tuning
 
 
 def _pairwise_cost(left: Products, right: Products, symmetric: bool, tuning: Tuning) -> float:
-    """Multiplications of the pairwise order, each entry moved counting ``tuning.entry_cost`` times."""
+    """Cost of the pairwise order in multiplications; each entry moved counts as ``tuning.entry_cost`` of them."""
     N1, K1, groups, C, D, S1 = left.sizes
     N2, K2, *_, S2 = right.sizes
     if S1 == S2 == 1:
@@ -75,7 +75,7 @@ def _pairwise_cost(left: Products, right: Products, symmetric: bool, tuning: Tun
 
 
 def _explicit_cost(left: Products, right: Products, symmetric: bool, tuning: Tuning) -> float:
-    """Multiplications of the explicit order, each entry moved counting ``tuning.entry_cost`` times."""
+    """Cost of the explicit order in multiplications; each entry moved counts as ``tuning.entry_cost`` of them."""
     N1, K1, groups, C, D, S1 = left.sizes
     N2, K2, *_, S2 = right.sizes
     gradients = N1 * K1 * (S1 + tuning.entry_cost) + (0 if symmetric else N2 * K2 * (S2 + tuning.entry_cost))
@@ -173,7 +173,7 @@ def _add_single_positions(
     """One position: inner products of inputs times inner products of cotangents, elementwise."""
     N1, K1, N2, K2 = theta.shape
     size = K1 * N2 * K2 * theta.element_size()
-    # So few rows at a time that their products are still in the cache when they are added.
+    # Few enough rows at a time that their products are still in the cache when they are added.
     pieces = max(_pieces(N1, size, memory), min(_pieces(N1, size, tuning.cache_bytes), N1 * K1 // tuning.block_rows))
     for rows in _triangle(N1, K1, symmetric, tuning, pieces):
         columns = slice(0, rows.stop if symmetric else N2)
@@ -218,7 +218,7 @@ def _add_positions(
         mine, theirs = inputs[rows.start * S :], others[columns.start * T : columns.stop * T]
         gram = theirs @ mine.T if isinstance(left, Products) else _same(theirs, mine).to(theta.dtype)
         gram = gram.view(count, T, -1).mT  # [columns, rows * S, T]
-        # With few columns the second product would read the cotangents of the rows for little work.
+        # With few columns, the second product would read the rows' cotangents for little arithmetic.
         fitting = (memory - count * fixed) // (count * per_direction)
         wide = max(1, min(-(-tuning.columns // count), fitting))
         for some in _slices(K2, -(-K2 // wide)):
@@ -245,7 +245,7 @@ def _carried(gram: Tensor, h: Tensor) -> Tensor:
 
 
 def _add_tied(theta: Tensor, left: Tied, right: Tied, symmetric: bool, memory: int, tuning: Tuning) -> None:
-    """Both kinds of gradients on their own and their cross terms, or the explicit gradients if that is cheaper."""
+    """Add the parts of both kinds of gradients and their cross terms, or the explicit gradients if that is cheaper."""
     N1, K1, C, D, S, T = left.sizes
     N2, K2, *_, S2, T2 = right.sizes
     half = 1 + symmetric
@@ -271,7 +271,7 @@ def _add_tied(theta: Tensor, left: Tied, right: Tied, symmetric: bool, memory: i
 BETWEEN = "msnlt,mksnt->mknl"
 SUMMED = "msnkt,mksnt->mn"
 OWN = "msnkt,mksnt->mk"
-"""Sums of cross terms over positions: for every pair of directions, over them, and of each direction with itself."""
+"""Sums of cross terms over positions: for every pair of directions, summed over directions, and for each direction."""
 
 
 def _crossed(left: Tied, right: Tied, sums: str, memory: int) -> Tensor:
@@ -329,12 +329,12 @@ def _slices(size: int, pieces: int) -> Iterator[slice]:
 
 
 def _pieces(count: int, size: int, memory: int) -> int:
-    """The fewest pieces of ``count`` items of ``size`` bytes that fit in ``memory`` one at a time."""
+    """Number of pieces into which ``count`` items of ``size`` bytes are split so that each piece fits in ``memory``."""
     return -(-count // max(1, memory // max(1, size)))
 
 
 def _channels(groups: int, C: int, pieces: int) -> Iterator[tuple[slice, slice]]:
-    """Groups and channels in at least ``pieces`` parts, as far as possible in whole groups."""
+    """Groups and channels in at least ``pieces`` parts, which are whole groups where possible."""
     for some in _slices(groups, min(groups, pieces)):
         for channels in _slices(C, min(C, -(-pieces // groups))):
             yield some, channels

@@ -2,7 +2,7 @@
 
 The gradient of output o of sample b with respect to a layer's weights is a sum over the positions s at which the layer
 is applied (pixels, time steps, calls): sum_s g_bos ⊗ a_bs, with a the layer's inputs and g the cotangents of its
-outputs. The classes here hold such sums by their factors, for K output directions in place of the O outputs.
+outputs. The classes here hold the factors of such sums, for K output directions in place of the O outputs.
 """
 
 from __future__ import annotations
@@ -121,13 +121,13 @@ class Rows:
 @final
 @dataclass(frozen=True)
 class Tied:
-    """Gradients of a matrix W that is used as it is and transposed, such as an embedding that is also the readout.
+    """Gradients of a matrix W that is used both directly and transposed, such as an embedding that is also the readout.
 
-    They are sum_s g_s ⊗ a_s + (sum_t h_t ⊗ b_t)^T, with the sizes of a and h, and of g and b, the same.
+    They are sum_s g_s ⊗ a_s + (sum_t h_t ⊗ b_t)^T, where a and h have the same size, and so do g and b.
 
     Attributes:
-        one: the former, of one group.
-        other: the latter, not yet transposed, of one group.
+        one: factors of the first sum, in one group.
+        other: factors of the second sum before it is transposed, in one group.
         summed: whether contractions sum over the K directions.
     """
 
@@ -146,7 +146,7 @@ class Tied:
         return dataclasses.replace(self, summed=True)
 
     def parts(self) -> tuple[Products | Lookups, Products]:
-        """Both kinds of gradients on their own."""
+        """The two sums separately, folded if ``summed``."""
         return (self.one.folded(), self.other.folded()) if self.summed else (self.one, self.other)
 
     def samples(self, chosen: slice) -> Tied:
@@ -161,7 +161,10 @@ class Tied:
         return self.one.gradient(c) + other.mT
 
     def explicit(self, channels: slice) -> Tensor:
-        """Explicit gradients by some of the C channels, ``[N, K, channels * D]``."""
+        """Explicit gradients of some of the C channels, ``[N, K, channels * D]``.
+
+        If ``summed`` they are ``[N, 1, K * channels * D]``.
+        """
         D = self.sizes[3]
         if isinstance(self.one, Lookups):
             looked_up = self.one.rows[:, None] == torch.arange(D, device=self.one.rows.device)[:, None]
@@ -177,13 +180,13 @@ class Tied:
 @final
 @dataclass(frozen=True)
 class Weighted:
-    """Gradients G of a linear map by a weight that is computed from parameters, with inner products <G, M G'>.
+    """Gradients G of a linear map whose weight is computed from parameters, with inner products <G, M G'>.
 
-    M is a multiple c of the identity and a few directions in each block of entries (see ``computed.py``).
+    M is a multiple c of the identity plus a few directions in each block of entries (see ``computed.py``).
 
     Attributes:
         own: G.
-        c: by rows ``[groups, C, 1]`` or by columns ``[groups, 1, D]``.
+        c: c of each row ``[groups, C, 1]`` or of each column ``[groups, 1, D]``.
         rows: inner products of G with the directions ``[N, K, size]``.
         b: factors of the directions ``[size]``.
         gram: M.
@@ -214,7 +217,7 @@ class Weighted:
         return dataclasses.replace(self, own=self.own.samples(chosen), rows=self.rows[chosen])
 
     def gradient(self, c: Tensor) -> Tensor:
-        """See :meth:`Products.gradient`; by the weight itself."""
+        """See :meth:`Products.gradient`; with respect to the weight itself."""
         return self.own.gradient(c)
 
 
@@ -222,7 +225,7 @@ GradientFactors = Products | Lookups | Tied | Rows | Weighted
 
 
 def concatenate(uses: list[Products | Lookups]) -> Products | Lookups:
-    """Several uses of the same weights as one, with the positions of all; gradients of the uses add up."""
+    """Merge several uses of the same weights into one with the positions of all, since their gradients add up."""
     if len(uses) == 1:
         return uses[0]
     # Positions are the last axis of all factors.

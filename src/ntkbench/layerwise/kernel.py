@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Trace:
-    """The trace of a network. It holds no values of parameters and buffers, so that equal networks share it.
+    """The trace of a network. It holds no values of parameters or buffers, so that equal networks can share it.
 
     Attributes:
         graph: the network on one sample.
-        layers: the parameters by their structure, weights with a rule first.
+        layers: the parameters, grouped by the structure of their gradients, weights with a rule first.
         programs: by shape, each traced on first use.
     """
 
@@ -118,7 +118,7 @@ class LayerwiseKernel:
 
     @property
     def layers(self) -> list[Layer | ExplicitGradient]:
-        """The network's parameters by their structure, weights with a rule first."""
+        """The network's parameters, grouped by the structure of their gradients, weights with a rule first."""
         return self.trace.layers
 
     @property
@@ -158,7 +158,7 @@ class LayerwiseKernel:
         return certificate.distance_of_parts(zip(found, plain.gradient(x[None], v), strict=True))
 
     def certain(self, compute: Callable[[], T]) -> T:
-        """``compute()``; if it fails with the trace of another network, once more with a trace of this network."""
+        """``compute()``, repeated with a trace of this network if it fails with the trace of another."""
         try:
             return compute()
         except Exception:  # the trace of another network may fail in any way
@@ -238,8 +238,8 @@ class LayerwiseKernel:
         """The kernels at several parameter sets in blocks that fit in memory, ``[N1, K1, N2, K2]`` each.
 
         Without ``x2`` only blocks on and below the diagonal are computed, and of a block on the diagonal only its lower
-        triangle. With ``fold`` a block is ``[N1, 1, N2, 1]``, and blocks of the same samples add up. Blocks are taken
-        within :meth:`certain`.
+        triangle. With ``fold`` a block is ``[N1, 1, N2, 1]``, and blocks of the same samples add up. The caller
+        iterates within :meth:`certain`.
 
         Args:
             sets: one or more parameter sets.
@@ -272,7 +272,7 @@ class LayerwiseKernel:
             if x2 is None:
                 yield row, row, [task.own(parts, p, row) for parts, p in zip(held, sets, strict=True)]
             for column in columns[:i] if x2 is None else columns:
-                # A sum over directions pairs each with itself.
+                # A sum over directions pairs each direction with itself only.
                 if not task.fold or row.directions == column.directions:
                     again = x2 is None or column in seen
                     seen.append(column)
@@ -314,7 +314,7 @@ class LayerwiseKernel:
         *,
         last_layer: bool = False,
     ) -> None:
-        """Certify all rows of kernels at a parameter set without computing any; K + 1 passes over inputs that are new.
+        """Certify all rows of the kernels at a parameter set without computing them; K + 1 passes over new inputs.
 
         Args:
             parameters, directions, last_layer: see :meth:`kernel`.
@@ -337,7 +337,7 @@ class LayerwiseKernel:
         take: Callable[[Block, int, GradientFactors], None],
         directions: Tensor | None = None,
     ) -> None:
-        """Deliver the gradients of all rows in factored form, layer by layer, within :meth:`certain`; K passes.
+        """Deliver the gradients of all rows in factored form, layer by layer; K passes. Called within :meth:`certain`.
 
         Args:
             parameters, x, directions: see :meth:`kernel`.
@@ -354,7 +354,7 @@ class LayerwiseKernel:
     def directions_at_once(self, parameters: ParameterValues, x: Tensor, most: int) -> int:
         """The number of directions, at most ``most``, that :meth:`visit` delivers of each sample in one block."""
         for count in (most // 2**halvings for halvings in range(most.bit_length())):
-            # Laid out as random directions are, and never read.
+            # Same layout as random directions; never read.
             directions = None if count == self.O else parameters[0].new_empty(1).expand(len(x), count, self.O)
             blocks = self._blocks(self._task(directions), [], x, whole=True, parameters=parameters)
             if all(block.directions == slice(0, count) for block in blocks):
@@ -380,7 +380,7 @@ class LayerwiseKernel:
     def passes(
         self, sets: Sequence[ParameterValues], x: Tensor, directions: Tensor | None = None, *, kept: bool = True
     ) -> float:
-        """Passes over the whole batch that :meth:`blocks` without ``x2`` takes per parameter set, as ``kept`` says."""
+        """Passes over the whole batch that :meth:`blocks` takes per parameter set without ``x2``, for this ``kept``."""
         task = self._task(directions)
         rows = self._blocks(task, sets, x, whole=kept or self._fits(task, sets, x))
         return sum(block.rows * (len(rows) - i) for i, block in enumerate(rows)) / len(x)
@@ -412,7 +412,7 @@ class LayerwiseKernel:
         )
 
     def _is_certified(self, task: Task, parameters: ParameterValues, x: Tensor) -> bool:
-        """Whether a kernel by the same program was certified on the same values."""
+        """Whether a kernel of these layers with as many directions was certified on the same values."""
         wanted = _names(task.layers)
         return any(
             values.are((*parameters, x)) and count == task.count and wanted <= names
@@ -420,7 +420,7 @@ class LayerwiseKernel:
         )
 
     def _certify(self, task: Task, sets: Sequence[ParameterValues], inputs: Sequence[Tensor]) -> None:
-        """Compare the gradients that a task has gathered with plain autograd.
+        """Compare the gradients accumulated by a task with plain autograd.
 
         Raises:
             Uncertified: they differ.
@@ -491,7 +491,7 @@ class LayerwiseKernel:
 
 
 class _Values:
-    """Tensors with the entries that they have now, without keeping them in memory."""
+    """Identifies tensors and their current entries, without keeping them in memory."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._held = [(weakref.ref(t), t._version) for t in tensors]

@@ -1,4 +1,4 @@
-"""The product with a weight whose results are a network's outputs, read from the last operations of its graph."""
+"""The linear layer whose results are a network's outputs, read from the last operations of its graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ntkbench.errors import Unsupported
 from ntkbench.layerwise.trace import MOVEMENTS, SampleGraph, aten
 
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
-"""What linear layers, products of matrices and ``einsum`` lower to. The factors are the last two arguments."""
+"""Operations to which linear layers, matrix products and ``einsum`` lower; the factors are the last two arguments."""
 
 SELECTIONS = MOVEMENTS | {aten.index.Tensor, aten.index_select.default}
 """Operations that rearrange or select entries of their first argument."""
@@ -46,11 +46,11 @@ def last_product(graph: SampleGraph, constants: Sequence[Tensor]) -> LastProduct
 
     Args:
         graph: the network, traced with all weights as parameters.
-        constants: those of the graph, on the CPU.
+        constants: in the order of ``graph.constants``, on the CPU.
 
     Raises:
         Unsupported: the network ends with other operations, the layer is no wider than its inputs, or its weight or
-            bias is not a parameter, or used more than once.
+            bias is not a parameter or is used more than once.
     """
     names = {node: name for name, node in graph.placeholders().items()}
     sums: list[tuple[Any, Any, Any]] = []  # nodes of sums, what the bias is added to, and the bias
@@ -119,10 +119,10 @@ def moved(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
 
 
 def rows(entries: Tensor, V: int) -> Tensor:
-    """The rows of a product ``[..., V]`` that are the outputs, in their order.
+    """The rows of a product ``[..., V]`` that are the outputs, in the order of the outputs.
 
     Args:
-        entries: the outputs, with the entries of the product replaced by their numbers.
+        entries: the outputs, with the entries of the product replaced by their indices.
         V: columns of the product.
 
     Raises:
@@ -137,13 +137,13 @@ def rows(entries: Tensor, V: int) -> Tensor:
 
 
 def numbers(shape: Sequence[int]) -> Tensor:
-    """The numbers of the entries of a contiguous tensor."""
+    """The indices of the entries of a contiguous tensor."""
     made = torch.Size(shape)
     return torch.arange(made.numel(), dtype=torch.int32, device="cpu").reshape(made)
 
 
 def _is_view(matrices: Tensor, matrix: Tensor) -> bool:
-    """Whether some matrices on shapes ``[..., d, V]`` are all a view of one whole matrix ``[d, V]``."""
+    """Whether matrices ``[..., d, V]`` are all views of one whole matrix ``[d, V]``."""
     same = matrices.untyped_storage()._cdata == matrix.untyped_storage()._cdata and matrices.storage_offset() == 0
     strides = (*(0 for _ in matrices.shape[:-2]), *matrix.stride())
     each = zip(matrices.shape, matrices.stride(), strides, strict=True)
@@ -151,7 +151,7 @@ def _is_view(matrices: Tensor, matrix: Tensor) -> bool:
 
 
 def _parameter(node: Any, names: Mapping[fx.Node, str]) -> fx.Node | None:
-    """The parameter that a value rearranges, if neither it nor what is between them is used otherwise."""
+    """The parameter that a value rearranges, if neither it nor any value between them has another use."""
     while isinstance(node, fx.Node) and len(node.users) == 1:
         if node in names:
             return node

@@ -25,12 +25,13 @@ from ntkbench.layerwise.trace import MOVEMENTS, SampleGraph, aten, downstream, u
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight with all its uses, and the bias that is added at every one of them.
+    """A weight with all its uses, and the bias that is added at each of them.
 
     Attributes:
-        parameters: name of the weight, and of the bias if there is one; those that the weight is computed from.
-        uses: operations, all with the weight's entries in the same arrangement, except for the last ones.
-        transposed: number of the last operations that use them transposed.
+        parameters: name of the weight, and of the bias if there is one; or of the parameters that the weight is
+            computed from.
+        uses: operations with the weight's entries in one arrangement; those that use it transposed come last.
+        transposed: number of operations that use the weight transposed.
         computed: how the weight is computed from parameters, if it is.
     """
 
@@ -42,7 +43,7 @@ class Layer:
     def factors(self, operands: list[Tensor], cotangents: list[Tensor], gram: Gram | None = None) -> GradientFactors:
         """The layer's gradients, from the operand and the cotangent of each use.
 
-        ``gram`` is of a weight that is computed from parameters, at their values.
+        ``gram`` is that of a weight computed from parameters, at their values.
         """
         each = [u.factors(a, g) for u, a, g in zip(self.uses, operands, cotangents, strict=True)]
         straight = len(each) - self.transposed
@@ -86,7 +87,7 @@ def _pattern(entries: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
 
 
 def _arranged(flat: Tensor, entries: Tensor) -> Tensor:
-    """Rows of values of all entries of a weight ``[r, size]``, arranged as the entries are, ``[r, ...]``."""
+    """Rows of values for all entries of a weight, ``[r, size]``, in the arrangement of ``entries``, ``[r, ...]``."""
     if not entries.is_meta:
         return flat[:, entries.to(flat.device)]
     shape, stride, offset = _pattern(entries)
@@ -94,7 +95,7 @@ def _arranged(flat: Tensor, entries: Tensor) -> Tensor:
 
 
 def _add_arranged(flat: Tensor, entries: Tensor, values: Tensor) -> None:
-    """Add values, arranged as entries of a weight are, to those of all entries ``[size]``."""
+    """Add values in the arrangement of ``entries`` to the values of all entries of a weight, ``[size]``."""
     if entries.is_meta:
         flat.as_strided(*_pattern(entries)).add_(values.reshape(entries.shape))
     else:
@@ -102,7 +103,7 @@ def _add_arranged(flat: Tensor, entries: Tensor, values: Tensor) -> None:
 
 
 def _weighted(made: Products, weight: Computed, gram: Gram, q: Tensor) -> Weighted:
-    """Gradients by a weight that is computed from parameters, for directions ``[r, groups, C, D]``."""
+    """Gradients with respect to a weight computed from parameters, for directions ``q [r, groups, C, D]``."""
     blocks = weight.blocks.to(q.device)
     found = []
     for direction in q:
@@ -170,8 +171,8 @@ def find(
 
     Args:
         graph: the network on one sample.
-        parameters: any values of them, in the order of ``graph.parameters``.
-        constants: gives them in the order of ``graph.constants``.
+        parameters: any parameter values, in the order of ``graph.parameters``.
+        constants: returns the constants, in the order of ``graph.constants``.
     """
     arrivals = {name: list(_arrivals(node)) for name, node in graph.placeholders().items()}
     weights: dict[str, list[tuple[Use, ...]]] = {}
@@ -236,7 +237,7 @@ def _origin(node: fx.Node) -> fx.Node:
 
 
 def _arrivals(source: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Tensor]]:
-    """Operations with a gradient that use a parameter or another value: operation, argument, its entries' indices."""
+    """Uses of a value, except ``detach``: the operation, its argument, and the indices of the argument's entries."""
     value = source.meta["val"]
     stack: list[tuple[fx.Node, Any]] = [(source, torch.arange(value.numel(), device="cpu").reshape(value.shape))]
     while stack:
@@ -249,7 +250,7 @@ def _arrivals(source: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Tensor]]:
 
 
 def _light(alike: Sequence[Use]) -> tuple[Use, ...]:
-    """Uses with entries in one arrangement, whose indices take no memory if they follow a pattern of strides."""
+    """Uses in one arrangement of entries, whose indices take no memory if strides describe them."""
     entries = alike[0].entries
     pattern = entries.shape, entries.stride(), entries.storage_offset()
     size = entries.untyped_storage().nbytes() // entries.element_size()
@@ -272,7 +273,7 @@ def _arranged_alike(uses: list[Use]) -> list[tuple[Use, ...]]:
 
 
 def _transposed(groups: list[tuple[Use, ...]]) -> tuple[tuple[Use, ...], tuple[Use, ...]] | None:
-    """Two groups of uses of the same matrix and of its transpose, a table first; else ``None``."""
+    """The uses of a matrix and those of its transpose, a table first; ``None`` if the groups are not such a pair."""
     if len(groups) != 2:
         return None
     straight, transposed = sorted(groups, key=lambda group: -_is_table(group))

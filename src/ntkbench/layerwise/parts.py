@@ -43,7 +43,7 @@ class KernelParts:
         self._kept: tuple[Block, dict[int, LayerInputs]] | None = None
 
     def __call__(self, rows: slice, columns: slice) -> Tensor:
-        """The entries of some rows and columns, ranges of :mod:`ntkbench.operators.ranges`.
+        """The entries of some rows and columns, which are ranges of :mod:`ntkbench.operators.ranges`.
 
         Raises:
             Uncertified: plain autograd gives other gradients.
@@ -61,7 +61,7 @@ class KernelParts:
             kept = self._collected(task, left, keep=len(lefts) == 1)
             for right in rights[: i + 1] if symmetric else rights:
                 if self._fold and left.directions != right.directions:
-                    continue  # a sum over directions pairs each with itself
+                    continue  # a sum over directions pairs each direction with itself only
                 if symmetric and left == right:
                     found = task.own(kept, self._parameters, left)
                     mirror(found, self._engine._tuning.tile)
@@ -78,7 +78,7 @@ class KernelParts:
         return theta.flatten(2).flatten(0, 1)
 
     def _certified_task(self) -> Task:
-        """The task, made again if the network was traced again."""
+        """The task, made once its rows are certified, and again if the network was traced again."""
         engine = self._engine
         if self._task is None or self._task.programs is not engine._programs:
             self._task = self._kept = None

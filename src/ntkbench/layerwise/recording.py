@@ -1,8 +1,8 @@
 """Records a forward pass so that the derivative of the record is the one that autograd computes.
 
-A tracer records operations below autograd. It does not see ``torch.no_grad``, takes the copies that autograd saves for
-``detach``, replaces a custom ``autograd.Function`` by its forward pass, and turns values into constants wherever they
-leave PyTorch. The modes here record the first two as autograd treats them and refuse the others.
+A tracer records operations below autograd. It does not see ``torch.no_grad``, mistakes the copies that autograd saves
+for ``detach``, replaces a custom ``autograd.Function`` by its forward pass, and turns values into constants wherever
+they leave PyTorch. The modes here record the first two as autograd treats them and refuse the others.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def as_autograd_sees_it(forward: Callable[[], Tensor], moving: Iterable[Tensor])
 
 
 def _run_now(function: Callable[..., Any], preserve_state: bool, *inputs: Any) -> Any:
-    """The computation of activation checkpointing."""
+    """Run a checkpointed function directly, without activation checkpointing."""
     return function(*inputs)
 
 

@@ -44,7 +44,7 @@ def _batch_norm(
 
 
 def _embedding(table: Tensor, numbers: Tensor, padding: int = -1, *rest: Any, **more: Any) -> Tensor:
-    """Rows of a table. ATen's derivative ignores, under vmap, the padding of all samples but the first."""
+    """Rows of a table. Under ``vmap``, ATen's derivative ignores the padding of all samples but the first."""
     rows = table[numbers]
     return rows if padding < 0 else torch.where((numbers == padding)[..., None], rows.detach(), rows)
 
@@ -119,7 +119,7 @@ def _cdist(a: Tensor, b: Tensor, p: float, mode: int | None = None) -> Tensor:
 
 
 def _index(x: Tensor, indices: list[Tensor | None]) -> Tensor:
-    """Boolean masks as positions, which are constants where the masks are."""
+    """Indexing with boolean masks replaced by positions, which are constant if the masks are."""
     return aten.index.Tensor(x, _positions(indices)) if any(map(_is_mask, indices)) else NotImplemented
 
 
@@ -141,7 +141,7 @@ def _masked_select(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _index_put(x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
-    """One value at a boolean mask by a choice, and other values at a mask by positions."""
+    """A single value at a boolean mask by ``torch.where``, and other values at a mask by positions."""
     if not any(map(_is_mask, indices)):
         return NotImplemented
     *before, mask = indices
@@ -158,7 +158,7 @@ def _index_put_(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _as_strided(x: Tensor, size: list[int], stride: list[int], offset: int | None = None) -> Tensor:
-    """Entries by their positions in memory, where x is contiguous while it is traced."""
+    """Entries by their positions in memory; x is contiguous while it is traced."""
     positions = torch.arange(x.numel(), device=x.device).as_strided(size, stride, offset or 0)
     return x.reshape(-1)[positions]
 
@@ -173,9 +173,9 @@ def _trilinear(
     sumdim: Sequence[int],
     unroll_dim: int = 1,
 ) -> Tensor:
-    """A bilinear layer as a linear one of the products of its inputs, for which there is a rule."""
+    """A bilinear layer as a linear layer on products of its inputs, for which there is a rule."""
     if [*map(list, (expand1, expand2, expand3, sumdim))] != [[1, 3], [0], [1, 2], [2, 3]]:
-        return NotImplemented  # of another function than torch.nn.functional.bilinear
+        return NotImplemented  # called by a function other than torch.nn.functional.bilinear
     return (i1[:, :, None] * i3[:, None]).flatten(1) @ i2.flatten(1).t()
 
 
@@ -187,7 +187,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.masked_select.default: _masked_select,
     aten._trilinear.default: _trilinear,
 }
-"""Replacements whose parts are recorded in a graph."""
+"""Replacements whose operations are recorded in a graph in place of the original one."""
 
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     aten.embedding.default: _embedding,
@@ -201,4 +201,4 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     aten._cdist_forward.default: _cdist,
     aten.as_strided.default: _as_strided,
 }
-"""Replacements that run in the place of an operation of a graph."""
+"""Replacements that run in place of an operation that a graph has recorded."""

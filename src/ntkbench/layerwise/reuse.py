@@ -1,8 +1,7 @@
 """Kernels of networks that are traced once for each structure.
 
 Tracing takes from a tenth of a second to many seconds, and its result depends only on a network's code and shapes.
-Traces of networks are therefore kept, without any values, and looked up by the classes, the settings and the shapes of
-a network.
+Traces are therefore cached, without any values, by the classes, settings and shapes of a network.
 
 These do not cover everything that a forward pass may read: a global variable, a closure, an attribute of an attribute,
 the value of a buffer as a Python number. Before a trace is reused, it is therefore compared with plain autograd on one
@@ -27,10 +26,10 @@ from ntkbench.layerwise.trace import TRACING, fixed_tensors
 from ntkbench.operators import arrays, certificate
 
 KEPT = 12
-"""Number of traces kept; the least recently used are dropped first."""
+"""Maximum number of cached traces; the least recently used are dropped first."""
 
 HELD = 2**20
-"""Largest number of bytes of tensors in a trace that is kept."""
+"""Maximum bytes of the tensors in a cached trace."""
 
 SPREAD = 100
 """Largest difference from plain autograd of a reused trace, relative to that on the network it was made from."""
@@ -40,7 +39,7 @@ _kept: OrderedDict[Hashable, tuple[Trace, float]] = OrderedDict()
 
 
 def traced(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, memory: int) -> LayerwiseKernel:
-    """The kernel of a network, by the trace of an equal network if one is kept.
+    """The kernel of a network, from the trace of an equal network if one is cached.
 
     Cost: a trace, or two passes of one sample.
 
@@ -59,7 +58,7 @@ def traced(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, memor
         with TRACING:
             _kept.pop(key, None)
             made = engine()
-            with contextlib.suppress(Exception):  # a trace that does not run is not kept
+            with contextlib.suppress(Exception):  # a trace that does not run is not cached
                 _keep(key, made.trace, made.difference(*sample), arrays.epsilon(sample[0][0]))
             return made
 
@@ -88,7 +87,7 @@ def _keep(key: Hashable, trace: Trace, difference: float, epsilon: float) -> Non
 
 
 def _structure(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Hashable:
-    """A key that two networks share if they have the same classes, settings and shapes; it holds no class."""
+    """A key that two networks share if they have the same classes, settings and shapes; it keeps no class alive."""
     layers = tuple(
         (name, weakref.ref(type_before_parametrizations(layer)), _settings(layer))
         for name, layer in module.named_modules(remove_duplicate=False)

@@ -101,7 +101,7 @@ class SampleKernel:
 def _over_directions(
     blocks: Iterable[tuple[Block, Block, list[Tensor]]], outputs: int
 ) -> Iterator[tuple[Block, Block, list[Tensor]]]:
-    """Sums over directions of blocks that have some of them each; those of the same rows are held at a time."""
+    """Sum blocks of some directions each over all directions; blocks of the same rows are held at the same time."""
     for _, strip in itertools.groupby(blocks, key=lambda block: block[0].samples):
         held: list[tuple[Block, Block, list[Tensor]]] = []
         for left, right, parts in strip:

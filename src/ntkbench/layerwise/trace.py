@@ -239,7 +239,7 @@ def free_layout(graph: fx.Graph) -> None:
 
 
 def _merge(graph: fx.Graph) -> None:
-    """Merge the computations without x that a layer repeats at each of its calls."""
+    """Merge computations that do not depend on x and that a layer repeats at each of its calls."""
     moving = downstream(next(node for node in reversed(graph.nodes) if node.op == "placeholder"))
     seen: dict[tuple[Any, str], fx.Node] = {}
     for node in list(graph.nodes):

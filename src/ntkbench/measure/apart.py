@@ -25,9 +25,9 @@ def run(
     """A function's result, with ``status`` and ``reason``; it runs again if something other than the limits killed it.
 
     Args:
-        function: returns what a JSON file can hold.
-        arguments: of the function.
-        limits: ``problem_s`` and ``memory_mb`` of them apply.
+        function: returns values that JSON can hold.
+        arguments: arguments of the function.
+        limits: only ``problem_s`` and ``memory_mb`` apply.
         threads: threads of every backend.
         part: a file for the result, which is removed.
     """

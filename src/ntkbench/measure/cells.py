@@ -54,7 +54,7 @@ def cells(config: Config) -> list[Cell]:
 
 
 def unsupported(cell: Cell, problem: Problem, config: Config) -> str | None:
-    """The reason to skip a cell, if one is known before it runs; ``None`` if it is to be measured."""
+    """The reason to skip a cell, if one is known before it runs; ``None`` if the cell is measured."""
     method, target = methods.get(cell.method), config.target(cell.backend)
     reason = method.unsupported_reason(problem, cell.metric, target, cell.passes) or method.unscored_reason(problem)
     if reason:

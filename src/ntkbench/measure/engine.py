@@ -1,7 +1,7 @@
 """asv's fork server, which runs one case at a time. No other module of the package depends on asv.
 
-Every case runs in a process of its own, forked from a server that has imported the suite; asv times the case and takes
-its peak. Cases run one by one, so a cell is finished before the next one begins, and a server failure costs one cell.
+Every case runs in a process of its own, forked from a server that has imported the suite; asv measures its time and its
+peak memory. Cases run one by one: a cell is finished before the next one begins, and a server failure costs one cell.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Execution:
             cell: what is measured.
             config: the settings.
             record: file for the results.
-            contents: hash of the weights and inputs that the exact values are of; not compared if it is not given.
+            contents: hash of the weights and inputs that the exact values belong to; not checked if not given.
 
         Raises:
             Unavailable: the cell is skipped.
@@ -47,7 +47,7 @@ class Execution:
         self._cell, self._config, self._record = cell, config, record
         self._found: dict[str, Any] = {}
         self._pid = os.getpid()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt ends the run from above
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends an interrupted run
         with self.recorded():
             timing.use_threads(config.threads)
             self._problem = problems.load(cell.problem)

@@ -16,7 +16,7 @@ SIZES = ("N", "O", "P", "n")
 
 Facts = dict[str, Any]
 """Facts of one problem: status and reason; if it is ready, also its sizes, ``exact``, which maps metric to value, and
-``contents``, the hash of the weights and inputs that the values are of."""
+``contents``, the hash of the weights and inputs that the values belong to."""
 
 
 def make(config: Config, labels: Sequence[str], output: Path) -> dict[str, Facts]:

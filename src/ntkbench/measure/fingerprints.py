@@ -25,7 +25,7 @@ from ntkbench.problems.base import parse_label, reference, weights
 from ntkbench.registry import BrokenPlugin, Fault, Source
 
 PACKAGE = Path(__file__).parents[1]
-"""The folder of the package whose files are looked at."""
+"""The folder of the package whose files are hashed."""
 
 SUITE = paths.ROOT / "benchmarks" / "pipeline" / "ntk.py"
 """The file that a cell's process starts from; it is not part of the package."""
@@ -44,7 +44,7 @@ LIMITS_OF_FORECASTS = {"times_exact", "patience_s"}
 
 OPERATORS, RECURRENT = "ntkbench.operators", "ntkbench.operators.recurrent"
 RULES = registry.PACKAGES["rule"]
-"""Loads all plug-ins with rules by name."""
+"""The package that loads all plug-ins with rules by name."""
 DECLARES_RECURRENCE = f"{RECURRENT}.cells"
 """Every module that declares a recurrence imports this one, and needs the operators in ``RECURRENT``."""
 
@@ -244,7 +244,7 @@ def _file(module: str) -> Path | None:
 
 
 def imports(module: str, file: Path) -> frozenset[str]:
-    """Names of this package, of modules and of their members, that a file imports; not those for type checkers."""
+    """Names of this package (modules and their members) that a file imports, except those for type checkers only."""
     return _imports(module, file, *_stamp(file))
 
 

@@ -1,4 +1,4 @@
-"""Predicted costs of cells: they prune the grid, and tell how long it takes before it runs."""
+"""Predicted costs of cells, which prune the grid and tell its duration before it runs."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Forecast(NamedTuple):
     """Predicted cost of a cell.
 
     Attributes:
-        seconds: of one estimate, after the first one.
-        bytes: at the peak, besides the network; ``None`` if they are not known.
+        seconds: seconds of one estimate after the first.
+        bytes: peak bytes besides the network; ``None`` if not known.
     """
 
     seconds: float
     bytes: float | None
 
     def wall(self, cell: Cell) -> float:
-        """Seconds that the cell takes in all."""
+        """Seconds that the whole cell takes."""
         return BESIDE + (2 + cell.seeds + cell.calls) * self.seconds
 
 
@@ -66,7 +66,7 @@ def make(
 
 
 def rivals(some: Iterable[Cell], every: Iterable[Cell]) -> list[Cell]:
-    """The cells of exact methods on the same tasks as some cells, which are compared with them."""
+    """The cells of exact methods on the same tasks as ``some``, which ``some`` are compared with."""
     tasks = {(cell.problem, cell.metric) for cell in some}
     return [cell for cell in every if _is_exact(cell) and (cell.problem, cell.metric) in tasks]
 

@@ -1,9 +1,9 @@
 """Rough costs of cells, from their passes, shapes and committed rates alone: nothing is trained, run or timed.
 
-Seconds are those of a cell's method in the committed table of the default configuration at about the same number of
-operations, which are those of a forward pass, counted on shapes, times two for each pass. They are typically off by a
-factor of two or three, and by the ratio of the speeds of two machines. Problems whose data are not on this machine are
-left out.
+Seconds come from the committed table of the default configuration, for the cell's method at about the same number of
+operations. A pass counts as two forward passes, whose operations are counted on shapes. Seconds are typically off by a
+factor of two or three, and by the ratio of the speeds of the two machines. Problems whose data are not on this machine
+are left out.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Shapes(NamedTuple):
 
 
 def warnings(config: Config, every: Iterable[Cell]) -> list[str]:
-    """Lines on a grid that takes longer than :data:`LONG`, and on cells that are over the limits; none for others.
+    """Lines about a grid that takes longer than :data:`LONG`, and about cells over the limits, if there are any.
 
     A grid on a GPU has no lines, since the committed rates are those of a processor.
     """
@@ -95,7 +95,7 @@ def costs(config: Config, every: Iterable[Cell]) -> dict[Cell, Forecast]:
 
 
 def _operations(cell: Cell, known: Shapes, target: Target) -> float:
-    """Operations of one call: two forward passes for each pass; of a method that counts none, those of O passes."""
+    """Operations of one call: two forward passes per pass; O passes if the method counts none."""
     passes = cell.passes or methods.get(cell.method).passes_needed(known.problem, cell.metric, target)
     return 2 * known.forward * (passes or known.problem.O)
 

@@ -22,8 +22,8 @@ Row = dict[str, Any]
 class Journal:
     """A file of lines with a checksum and JSON: one line when a row begins, and one with the row when it is done.
 
-    A row is identified by its key, and is valid only for the fingerprint that it was made with. While that is the same,
-    the row is not measured again. Only one process writes at a time.
+    A row is identified by its key, and is valid only for the fingerprint that it was made with. While the fingerprint
+    is unchanged, the row is not measured again. Only one process writes at a time.
     """
 
     def __init__(self, path: Path, others: list[Path] | None = None) -> None:
@@ -178,7 +178,7 @@ def begun(file: Path) -> str | None:
 
 
 def rows_of(files: Iterable[Path]) -> dict[tuple[str, str], Row]:
-    """The rows in some journals by key and fingerprint; of a row that was made several times, the last one."""
+    """The rows in some journals by key and fingerprint; the last one if a row was made several times."""
     found: dict[tuple[str, str], Row] = {}
     for file in files:
         for entry in _entries(file):

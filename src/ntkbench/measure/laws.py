@@ -1,9 +1,9 @@
 """Passes and seconds at which a method reaches an error: a law fitted to all measured budgets, with a bootstrap band.
 
-The fastest budget whose median error happens to be small enough is the luckiest one, and its time is too short. So
-medians over seeds are never compared with an error one by one. The law uses all budgets of a method: its median error
-falls at least as fast as the inverse root of the passes, and its seconds grow with the passes. Both curves are isotonic
-regressions of logarithms (Barlow et al. 1972), linear between budgets, and are not extrapolated beyond the largest one.
+The fastest budget whose median error happens to be small enough is chosen by luck, and its time is biased low. So no
+single median is compared with an error. The law uses all budgets of a method: its median error falls at least as fast
+as the inverse root of the passes, and its seconds grow with the passes. Both curves are isotonic regressions of
+logarithms (Barlow et al. 1972), linear between budgets, and are not extrapolated beyond the largest one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONFIDENCE = 0.95
 FLOOR = 1e-9
 """Smaller errors count as this one; float32 does not resolve them."""
 FEWEST_CALLS = 3
-"""With fewer timed calls, quartiles do not tell the spread of seconds."""
+"""Minimum number of timed calls whose quartiles give the spread of seconds."""
 DRIFT = 0.1
 """Minimum standard deviation of the logarithm of median seconds. Rows are timed one after another, in processes of
 their own, on machines whose speed drifts, and more calls in the same process do not average that out."""
@@ -42,7 +42,7 @@ COLUMNS = ("passes", "error", "error_q25", "error_q75", "seeds", "seconds", "sec
 
 
 class Reached(NamedTuple):
-    """Passes and seconds to an error, each with the ends of its 95 % band; ``nan`` where the budgets leave it open."""
+    """Passes and seconds to an error, each with the ends of its 95 % band; ``nan`` where the budgets do not tell."""
 
     passes: float
     passes_low: float
@@ -69,7 +69,7 @@ class Law:
     def budgets(self, error: float) -> np.ndarray:
         """Passes at which the median error is ``error``, ``[1 + RERUNS]``; ``nan`` where no budget reaches it.
 
-        The smallest budget stands for all errors that it reaches; see :meth:`at_most`.
+        Any error that the smallest budget reaches gets that budget; see :meth:`at_most`.
         """
         within = self.errors <= error
         after = within.argmax(1)
@@ -104,7 +104,7 @@ def banded(draws: np.ndarray) -> tuple[float, float, float]:
     """The first of some numbers, and its 95 % band from the others; a rerun without a number counts as infinite.
 
     The band's ends are bias-corrected quantiles (Efron 1981): if more than half of the reruns are below the number, the
-    number is assumed to be as far below the true value.
+    number itself is assumed to be biased low by as much.
     """
     if math.isnan(draws[0]):
         return math.nan, math.nan, math.nan
@@ -170,8 +170,7 @@ def median_seconds(
 
     Args:
         points: as for :func:`fit`.
-        typical: as for it.
-        drift: as for it.
+        typical, drift: as for :func:`fit`.
     """
     middle, spread = _logarithms(points, "seconds", 1e-12)
     typical = typical_spread(points) if typical is None else typical
@@ -192,7 +191,7 @@ def smallest(middle: np.ndarray, deviations: np.ndarray, seed: int = 0) -> np.nd
 
 
 def typical_spread(points: pd.DataFrame) -> float:
-    """Median spread of seconds over the rows of a table whose quartiles tell it; 0 if there is none.
+    """Median spread of seconds over the rows of a table whose spread is known; 0 if there are none.
 
     Args:
         points: as for :func:`fit`, of any number of methods.

@@ -24,7 +24,7 @@ class Plan:
         cells: in the order of asv's cases.
         exact: exact values of each problem's metrics; the values of missing problems are looked up.
         records: folder of the run's records.
-        contents: hashes of the weights and inputs that these values are of, by problem.
+        contents: hashes of the weights and inputs that the exact values belong to, by problem.
     """
 
     config: Config

@@ -106,7 +106,7 @@ def pending(config: Config, results: Path) -> list[Cell]:
 def _known(
     cell: Cell, config: Config, known: Mapping[str, facts.Facts], kept: Journal, made_for: str
 ) -> dict[str, Any] | None:
-    """The row of a cell that need not be measured."""
+    """The row of a cell that need not be measured; ``None`` for other cells."""
     problem = known[cell.problem]
     if problem["status"] != outcomes.OK:
         outcome = Outcome(problem["status"], problem["reason"])

@@ -15,7 +15,7 @@ import numpy as np
 
 
 def use_threads(threads: int, *, pinned: bool = True) -> None:
-    """Set the number of threads of all backends and of the BLAS of NumPy and SciPy, XLA's by the processors in use.
+    """Set the number of threads of all backends and of NumPy's and SciPy's BLAS; pinning sets that of XLA.
 
     Args:
         threads: number of threads of each backend.
@@ -35,7 +35,7 @@ def use_threads(threads: int, *, pinned: bool = True) -> None:
 def import_early(*, with_jax: bool) -> None:
     """Import modules that problems and backends import at first use, so that forked processes need not.
 
-    No backend is started, which would not survive a fork. The garbage collector ignores the imported objects.
+    No backend is started, since it would not survive a fork. The garbage collector ignores the imported objects.
 
     Args:
         with_jax: whether to import JAX.
@@ -115,7 +115,7 @@ def settle_memory() -> int | None:
     """Release freed memory and reset the process's peak; returns resident bytes, ``None`` without kernel support.
 
     Linux keeps a process's peak and lets the process reset it. Freed memory is first released to the system if the C
-    library supports that; otherwise it counts as held, and small results are too small.
+    library supports that; otherwise it counts as held, and small peaks are underestimated.
     """
     import psutil
 

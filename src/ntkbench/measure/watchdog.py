@@ -166,9 +166,9 @@ def _start_guardian(*arguments: str) -> None:
 
 
 def _first_gone(pids: Sequence[int]) -> set[int]:
-    """Wait until some of the processes are gone; returns those. Processes are looked at if the system reports none.
+    """Wait until at least one of the processes is gone; returns those that are.
 
-    Linux reports them from 5.3 on, unless a sandbox forbids it.
+    Linux reports the end of a process from 5.3 on, unless a sandbox forbids it. Otherwise the processes are polled.
     """
     with contextlib.suppress(AttributeError, OSError):
         return _first_reported(pids)
@@ -197,7 +197,7 @@ def _first_reported(pids: Sequence[int]) -> set[int]:
 def _is_gone(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.Error as error:  # or it may not be looked at, and so is there
+    except psutil.Error as error:  # if access is denied, it exists
         return isinstance(error, psutil.NoSuchProcess)
 
 

@@ -1,4 +1,4 @@
-"""YAML files read without guesses: UTF-8, one document, each key once, and the line of each value."""
+"""Strict reading of YAML files: UTF-8, one document, each key once, and the line of each value."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Method:
-    """The method of a name; imports no other.
+    """The method with a given name; imports no other.
 
     Raises:
         BadInput: there is none, or it is broken.
@@ -36,7 +36,7 @@ def get(name: str) -> Method:
 
 
 def stochastic(name: str) -> Stochastic:
-    """The stochastic method of a name; imports no other.
+    """The stochastic method with a given name; imports no other.
 
     Raises:
         BadInput: there is none, it is broken, or it is not stochastic.

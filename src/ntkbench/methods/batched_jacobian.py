@@ -19,9 +19,9 @@ from ntkbench.problem import Problem
 class BatchedJacobian(Deterministic):
     """J by batched products over the whole batch: min(n, P) passes for each parameter set if J fits in memory.
 
-    J is computed by VJPs of the n unit vectors of output space, or in forward mode by JVPs of the P unit vectors of
-    parameter space, if these are fewer and J fits in memory. Blocks of rows that do not fit are recomputed for every
-    pair of blocks. Samples may interact.
+    J is computed by VJPs with the n unit vectors of output space. If P < n and J fits in memory, it is computed by JVPs
+    with the P unit vectors of parameter space instead. If J takes more than half of the memory, VJPs recompute blocks
+    of its rows for every pair of blocks. Samples may interact.
     """
 
     title = "batched Jacobian"
@@ -65,7 +65,7 @@ def _is_by_columns(jacobians: Sequence[JacobianOperator]) -> bool:
 
 
 def _blocks(jacobians: Sequence[JacobianOperator]) -> list[slice]:
-    """Rows of a quarter of the memory, as two blocks of each J are held at a time, and so for their unit vectors."""
+    """Blocks of rows; each takes a quarter of the memory, as do its unit vectors, since two of each J are held."""
     j = max(jacobians, key=lambda each: each.P)
     most = max(1, j.memory // (4 * max(j.P, j.n) * j.itemsize))
     return arrays.chunks(j.n, max(len(j.blocks(j.n)), -(-j.n // most)))

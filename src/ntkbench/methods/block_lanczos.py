@@ -16,17 +16,19 @@ from ntkbench.problem import Problem
 
 
 class BlockLanczos(Stochastic):
-    """Metrics of the eigenvalues by products with Theta = J J^T, as in :func:`ntkbench.spectrum` where Theta is large.
+    """Metrics of the eigenvalues from products with Theta, as in :func:`ntkbench.spectrum` for a large Theta.
 
-    A probe is a product, 2 passes. The largest eigenvalue is the largest Ritz value of a block of 5 random vectors, up
-    to rounding a lower bound. An eigenvalue is within its residual, which is stated as the standard error; the error
-    itself is usually of the order of the residual's square. The iteration ends early at a residual of ``rtol``.
+    A probe is one product with Theta = J J^T, 2 passes. The largest eigenvalue is estimated by the largest Ritz value
+    from a block of 5 random vectors, which is a lower bound up to rounding. Some eigenvalue is within the residual's
+    norm of the Ritz value, so this norm is stated as the standard error; the error itself is usually of the order of
+    its square. The iteration stops early once the relative residual is at most ``rtol``.
 
-    The entropy effective rank has 8 random vectors of as many Lanczos steps as the budget allows, up to 25, and more
-    vectors beyond. Its standard error is that over vectors. ``rounding`` also has half the distance, in the logarithm,
-    between Gauss and Gauss-Radau quadrature, which enclose the value after any number of further steps.
+    The entropy effective rank uses 8 random vectors, with as many Lanczos steps as the budget allows, up to 25. A
+    larger budget adds vectors. The standard error is from the scatter over vectors. The estimate is the geometric mean
+    of Gauss and Gauss-Radau quadrature, which enclose the value after any number of further steps. Half of their
+    distance, in the logarithm, is part of ``rounding``.
 
-    The condition number is not given: products bound the smallest eigenvalue from above only.
+    The condition number is not available, as products bound the smallest eigenvalue only from above.
 
     Attributes:
         rtol: residual of the largest eigenvalue, relative to it.
@@ -79,7 +81,7 @@ def _largest(j: JacobianOperator, rtol: float, passes: int, seed: int) -> Found:
 
 
 def _entropy(j: JacobianOperator, products: int, seed: int) -> Found:
-    """The middle of both quadratures, in the logarithm.
+    """The geometric mean of Gauss and Gauss-Radau quadrature.
 
     Raises:
         Undefined: Theta is zero.

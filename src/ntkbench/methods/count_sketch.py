@@ -21,13 +21,14 @@ from ntkbench.problem import Problem
 class CountSketch(Deterministic):
     """The N x N kernel K of CountSketches of J_b^T v_r, which approximates Theta as (K / O) ⊗ I_O.
 
-    K = (1/R) sum_r Phi_r Phi_r^T for R random sign vectors v_r over the outputs, which all samples share, and E K =
-    tr_O Theta, O times the trace kernel. Probes and hashes are fixed, so the value is deterministic. Like the trace
-    kernel, K omits the cross terms between outputs. It also has the noise of the probes, at most about sqrt(2 / R), and
-    of the hash, about sqrt(effective rank / width). The trace is unbiased over draws. The variance of K makes the
-    square of the norm too large, and so the effective rank, of an N x N kernel, too small.
+    K = (1/R) sum_r Phi_r Phi_r^T, where row b of Phi_r is the CountSketch of J_b^T v_r. The R random sign vectors v_r
+    over the outputs are the same for all samples, so E K = tr_O Theta, which is O times the trace kernel. Probes and
+    hashes are fixed, so the value is deterministic. Like the trace kernel, K omits the cross terms between outputs. It
+    also has the noise of the probes, at most about sqrt(2 / R), and of the hash, about sqrt(effective rank / width).
+    The trace is unbiased over draws of both. The variance of K makes the squared norm too large, and so the effective
+    rank too small.
 
-    ``probes`` passes for each parameter set, N P ``probes`` additions.
+    Takes ``probes`` passes for each parameter set and N P ``probes`` additions.
 
     Attributes:
         probes: R.
@@ -84,6 +85,6 @@ def probed(j: JacobianOperator, probes: int, width: int, seed: int = 0) -> Featu
 
 
 def kernel(features: Features) -> np.ndarray:
-    """K of the features of all probes, ``[N, N]``."""
+    """K from the features of all probes, ``[N, N]``."""
     found: np.ndarray = np.einsum("rnw,rmw->nm", features, features, optimize=True) / len(features)
     return found

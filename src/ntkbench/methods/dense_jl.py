@@ -1,4 +1,4 @@
-"""Dense Johnson-Lindenstrauss projection of the rows of J, as for TRAK."""
+"""Dense Johnson-Lindenstrauss projection of the rows of J, as in TRAK."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from ntkbench.operators import JacobianOperator
 
 
 class DenseJL(ProjectedRows):
-    """Phi = J S with k columns of random signs, and (1/k) Phi Phi^T for Theta: every row of J times S.
+    """Features Phi = J S with k columns of random signs in S; (1/k) Phi Phi^T estimates Theta.
 
-    O passes for each parameter set and n P k multiplications; S is never held as a whole. ``gram_forward`` has the same
-    features from k JVPs, which is less work for O > 2. Use this method if O is small, as for one scalar output, and k
-    is much larger than the affordable number of passes. The relative error of the Gram matrix is about sqrt((1 +
-    effective rank) / k).
+    Every row of J is multiplied by S, which is never held as a whole: O passes for each parameter set and n P k
+    multiplications. ``gram_forward`` computes the same features by k JVPs, which is less work for O > 2. Use this
+    method if O is small, as for one scalar output, and k is much larger than the affordable number of passes. The
+    relative error of the Gram matrix is about sqrt((1 + effective rank) / k).
     """
 
     title = "dense projection (JL)"

@@ -10,10 +10,10 @@ class GramReverse(GramMatrix):
 
     tr Theta = E mean_i G_ii, ||Theta||_F^2 = E sum_(i != j) G_ij^2 / (k (k - 1)) and, with the same probes at theta_f,
     tr(Theta Theta_f) = E sum_(i != j) G_ij G^f_ij / (k (k - 1)). These are unbiased; the square root and the ratios are
-    biased at order 1/k. The variance of the square is about 8 ||Theta^2||_F^2 / k + 4 ||Theta||_F^4 / k^2. Hutchinson's
-    estimate has 4 ||Theta^2||_F^2 / k at equal passes. So this method saves the forward mode, and half of the passes at
-    equal numbers of probes, but no more. The standard error is that of
-    :class:`ntkbench.estimators.standard_errors.PairSums`, and for the effective rank that of a jackknife over probes.
+    biased at order 1/k. The variance of the squared norm is about 8 ||Theta^2||_F^2 / k + 4 ||Theta||_F^4 / k^2; that
+    of Hutchinson's estimate at equal passes is 4 ||Theta^2||_F^2 / k. So this method needs no forward mode and half as
+    many passes per probe, but its error at equal passes is no smaller. The standard error is that of
+    :class:`ntkbench.estimators.standard_errors.PairSums`, or, for the effective rank, that of a jackknife over probes.
     Memory is bounded as in :class:`ntkbench.estimators.accumulators.UStatistics`.
     """
 

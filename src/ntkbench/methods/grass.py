@@ -1,4 +1,4 @@
-"""GraSS: random parameters alone, projected sparsely."""
+"""GraSS: a sparse projection of a random subset of the parameters."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from ntkbench.methods.base.projected import HashedRows
 
 
 class GraSS(HashedRows):
-    """Phi = J M S, where M keeps some random parameters, rescaled, and S is the projection of ``sparse_jl``.
+    """Features Phi = J M S: M selects random parameters and rescales them, and S is the projection of ``sparse_jl``.
 
-    Each of the ``nonzeros`` blocks of k / ``nonzeros`` features has its own mask, of ``kept`` parameters per feature:
-    O passes for each parameter set as for all projections, and only n k ``kept`` additions in place of n P
-    ``nonzeros``. Unbiased. The mask adds variance, which is large if few parameters have most of the gradient: use this
-    method for many rows of J whose projection takes longer than the passes, and ``sparse_jl`` otherwise. The published
-    method may also train a mask, which would be biased.
+    Each of the ``nonzeros`` blocks of k / ``nonzeros`` features has its own mask, which keeps ``kept`` parameters per
+    feature. As for all projections of rows, this takes O passes for each parameter set, but only n k ``kept`` additions
+    in place of n P ``nonzeros``. Unbiased. The mask adds variance, which is large if a few parameters have most of the
+    gradient. Use this method if J has so many rows that their projection takes longer than the passes, and
+    ``sparse_jl`` otherwise. The published method may also train the mask, which causes a bias.
 
     Attributes:
         nonzeros: number of blocks; more than in ``sparse_jl``, as masks make blocks differ more.
-        kept: parameters that are kept for each feature.
+        kept: number of parameters kept per feature.
     """
 
     title = "masked sparse projection (GraSS)"

@@ -12,10 +12,11 @@ from ntkbench.problem import Problem
 
 
 class Hutchinson(Accumulating):
-    """u^T Theta u, ||Theta u||^2 and <Theta u, Theta_f u> over random signs u: 2 passes per probe, 4 for alignment.
+    """Means of u^T Theta u, ||Theta u||^2 and <Theta u, Theta_f u> over random signs u.
 
-    Unbiased for the trace, with variance 2 (||Theta||_F^2 - sum_i Theta_ii^2) / k for k probes, and for ||Theta||_F^2.
-    The square root and the ratios are biased at order 1/k. The standard error is that of the jackknife over probes.
+    2 passes per probe, 4 for alignment. The moments are unbiased; the square root and the ratios are biased at order
+    1/k for k probes. The variance of the trace is 2 (||Theta||_F^2 - sum_i Theta_ii^2) / k. The standard error is that
+    of the jackknife over probes.
     """
 
     title = "Hutchinson"

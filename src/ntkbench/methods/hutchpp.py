@@ -1,4 +1,4 @@
-"""Hutch++: the trace on the range of a sketch exactly, and Hutchinson on its complement, with Theta as a black box."""
+"""Hutch++: the exact trace on the range of a sketch, and Hutchinson on its complement, with Theta as a black box."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from ntkbench.operators import JacobianOperator, Rng
 class HutchPP(FixedBudget):
     """Traces of Theta, Theta^2 and Theta Theta_f by Hutch++ on the composed operator.
 
-    tr A = tr Q^T A Q + 1/k sum_i g_i^T (I - Q Q^T) A (I - Q Q^T) g_i with Q = orth(A S), k columns of random signs in S
-    and k in g: unbiased, 3k products with A. This is the split of the blog post on recurrent models, which calls it
-    Nystrom++; the paper's script splits its budget differently (``hutchpp_paper``). A product takes 2 passes for Theta,
-    and 4 for Theta^2 and Theta Theta_f. Effective rank and alignment take independent traces. The standard error is
-    that of the residual's mean.
+    The estimate of tr A is tr Q^T A Q + 1/k sum_i g_i^T (I - Q Q^T) A (I - Q Q^T) g_i, where Q = orth(A S), and the k
+    columns of S and the k probes g_i are random signs. It is unbiased and takes 3k products with A, of 2 passes each
+    for Theta, and 4 for Theta^2 and Theta Theta_f. Effective rank and alignment combine independent estimates of their
+    traces. The standard error is that of the residual's mean.
+
+    The blog post on recurrent models splits its budget in this way, under the name Nystrom++. The paper's script splits
+    it differently (``hutchpp_paper``).
     """
 
     title = "Hutch++"

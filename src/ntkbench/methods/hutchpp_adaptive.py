@@ -1,4 +1,4 @@
-"""Adaptive Hutch++: the sketch grows while that lowers the variance, and the other passes go to the residual."""
+"""Adaptive Hutch++: the sketch grows as long as this lowers the variance; all other passes go to the residual."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from ntkbench.methods.base.adaptive_sketch import AdaptiveSketch
 
 
 class HutchPPAdaptive(AdaptiveSketch):
-    """tr Q^T Theta Q + mean of ||J^T (I - Q Q^T) g||^2, where Q grows while that lowers the variance.
+    """tr Q^T Theta Q + mean of ||J^T (I - Q Q^T) g||^2, where Q grows as long as this lowers the variance.
 
     The probes g are random signs in output space, and Q is an orthonormal basis of Theta s for other random signs s. A
-    column of Q takes 4 passes, a residual probe 1 VJP; the rule for growing Q is in
+    column of Q takes 4 passes and a residual probe 1 VJP; the rule for growing Q is in
     :class:`ntkbench.methods.base.adaptive_sketch.AdaptiveSketch`. Unbiased. On a flat spectrum it is
-    ``one_sided_reverse`` less one block of columns. Holds 2 vectors of length n for each column and 1 for each probe.
+    ``one_sided_reverse`` without the passes that one block of columns takes. Holds 2 vectors of length n for each
+    column and 1 for each probe.
     """
 
     title = "Hutch++ (adaptive)"

@@ -6,14 +6,15 @@ from ntkbench.methods.base.adaptive_sketch import AdaptiveSketch
 
 
 class HutchPPAdaptiveForward(AdaptiveSketch):
-    """``hutchpp_adaptive`` of K = J^T J, which has the trace of Theta: tr Q^T K Q + mean of ||J (I - Q Q^T) g||^2.
+    """``hutchpp_adaptive`` for K = J^T J, which has the trace of Theta: tr Q^T K Q + mean of ||J (I - Q Q^T) g||^2.
 
     The probes g are random signs in parameter space, and Q is an orthonormal basis of K s for other random signs s. A
     column of Q takes 4 passes, half of them VJPs, and a residual probe 1 JVP; the rule for growing Q is in
-    :class:`ntkbench.methods.base.adaptive_sketch.AdaptiveSketch`. Unbiased. K and Theta have the same spectrum, so the
-    sketch removes as much. Signs remove the diagonal of K here. On a flat spectrum it is ``one_sided_forward`` less one
-    block of columns. Holds 2 vectors of length P for each column and 1 for each probe, so it is for networks with fewer
-    parameters than outputs.
+    :class:`ntkbench.methods.base.adaptive_sketch.AdaptiveSketch`. Unbiased. K and Theta have the same nonzero
+    eigenvalues, so the sketch removes as much of the variance as it does for Theta. Random signs remove the diagonal of
+    K, not that of Theta. On a flat spectrum it is ``one_sided_forward`` without the passes that one block of columns
+    takes. Holds 2 vectors of length P for each column and 1 for each probe, so it is for networks with fewer parameters
+    than outputs.
     """
 
     title = "Hutch++ (adaptive, forward)"

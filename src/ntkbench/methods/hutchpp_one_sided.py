@@ -1,4 +1,4 @@
-"""Hutch++ with Theta = J J^T: only the sketch takes JVPs."""
+"""Hutch++ for Theta = J J^T: only the sketch takes JVPs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ntkbench.operators import JacobianOperator, Rng
 
 
 class HutchPPOneSided(FixedBudget):
-    """||J^T Q||_F^2 + mean of ||J^T (I - Q Q^T) g||^2, Q = orth(Theta S), k random signs in S and k in g.
+    """||J^T Q||_F^2 + mean of ||J^T (I - Q Q^T) g||^2 with Q = orth(Theta S) and k random signs each for S and g.
 
     The estimate of ``hutchpp`` in 4k instead of 6k passes: Theta S takes 2k, and the two norms take one VJP per vector.
-    Unbiased, with variance 2 (||A||_F^2 - sum_i A_ii^2) / k given Q, A = (I - Q Q^T) Theta (I - Q Q^T). The
+    Unbiased, with variance 2 (||A||_F^2 - sum_i A_ii^2) / k given Q, where A = (I - Q Q^T) Theta (I - Q Q^T). The
     standard error is that of the residual's mean. Exact once k reaches the rank of Theta.
     """
 

@@ -11,17 +11,17 @@ from ntkbench.operators import JacobianOperator, Rng
 
 
 class HutchPPPaper(FixedBudget):
-    """``hutchpp`` with few columns in the sketch and many probes for the residual, as in the script.
+    """``hutchpp`` with few columns in the sketch and many probes for the residual, as in the paper's script.
 
-    For a nominal number m the script takes q = m // 6 columns in the sketch and (m - q) // 2 residual probes, with one
-    more column if m - q is odd. It counts these as m, although the sketch is multiplied twice and the residual once:
-    about 0.75 m products with the operator, of 2 passes each for Theta, and 4 for Theta^2 and Theta Theta_f. Here the
-    budget is in passes, and m is the largest number that it allows. m is at least 5, for a sketch and two residual
-    probes. If m exceeds n, the script multiplies the operator with the identity instead. Here that happens as soon as n
-    products are no more than those of Hutch++.
+    For a nominal number m, the script takes q = m // 6 columns in the sketch and (m - q) // 2 residual probes, with one
+    more column if m - q is odd. It counts these as m, although a column takes two products with the operator and a
+    residual probe takes one: about 0.75 m products, of 2 passes each for Theta, and 4 for Theta^2 and Theta Theta_f.
+    Here the budget is in passes, and m is the largest number that it allows, at least 5: a column and two residual
+    probes. If m exceeds n, the script multiplies the operator by the identity instead. Here this is done as soon as it
+    takes no more products than Hutch++.
 
-    Unbiased, with the variance of Hutchinson on (I - Q Q^T) A (I - Q Q^T), 2 (||.||_F^2 - sum of its squared diagonal)
-    over the residual probes; the standard error is that of the residual's mean.
+    Unbiased. With r residual probes, the variance given Q is 2 (||B||_F^2 - sum_i B_ii^2) / r for B = (I - Q Q^T) A
+    (I - Q Q^T). The standard error is that of the residual's mean.
     """
 
     title = "Hutch++ (paper's budget)"
@@ -65,6 +65,6 @@ class HutchPPPaper(FixedBudget):
 
 
 def _split(m: int) -> tuple[int, int]:
-    """Columns of the sketch and number of residual probes for the script's nominal number m."""
+    """Numbers of sketch columns and of residual probes for the script's nominal number m."""
     columns = m // 6
     return columns + (m - columns) % 2, (m - columns) // 2

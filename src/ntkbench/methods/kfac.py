@@ -14,17 +14,18 @@ from ntkbench.options import Target
 from ntkbench.problem import Problem
 
 INSTALL = "einconv einops linear_operator opt-einsum && pip install --no-deps curvlinops-for-pytorch"
-"""Without BackPACK, which only the experimental module of curvlinops uses and which pulls in torchvision."""
+"""Packages to install. BackPACK is left out: only curvlinops' experimental module uses it, and it needs torchvision."""
 
 
 class KFAC(Method):
     """The metrics of ⊕_l A_l ⊗ B_l, which approximates J^T J; trace and norm of J^T J are those of Theta.
 
-    A_l = (1 / (N S)) sum a a^T is the mean over samples and the S positions of a layer's inputs (with a one for the
-    bias), and B_l = sum g g^T is the sum over samples, positions and outputs of its cotangents: the type-2 Fisher
-    matrix of half the squared error, K-FAC-expand. K-FAC treats A_l and B_l as independent and different layers as
-    orthogonal, so every metric is biased, including the trace if the norms of inputs and of cotangents are correlated.
-    The alignment is that of the two matrices. Only Linear and Conv2d layers are supported.
+    A_l = (1 / (N S)) sum a a^T is the mean over samples and the S positions of a layer's inputs a, with a one appended
+    for the bias. B_l = sum g g^T is the sum over samples, positions and outputs of its cotangents g. This is
+    K-FAC-expand for the type-2 Fisher matrix of half the squared error. K-FAC treats A_l and B_l as independent and
+    different layers as orthogonal, so every metric is biased, including the trace if the norms of inputs and of
+    cotangents are correlated. The alignment is that of the two approximations. Only Linear and Conv2d layers are
+    supported.
 
     O passes for each parameter set.
     """
@@ -83,7 +84,7 @@ class KFAC(Method):
 
 
 def _not_covered(problem: Problem) -> str | None:
-    """Why K-FAC has no rule for a problem's network."""
+    """Why K-FAC has no rule for a problem's network; ``None`` if it has one."""
     from torch import nn
 
     if len(problem.output_shape) != 2:
@@ -128,12 +129,12 @@ def _factors(module: Any, x: Any, outputs: int) -> list[tuple[Any, Any]]:
     operator.compute_kronecker_factors()
     state = operator.state_dict()
     inputs, cotangents = state["input_covariances"], state["gradient_covariances"]
-    one = x.new_ones(1, 1, dtype=torch.float64)  # the input of a bias by itself
+    one = x.new_ones(1, 1, dtype=torch.float64)  # the input of a bias without a weight
     # The Hessian of the squared error is 2.
     return [(inputs.get(name, one).double(), cotangents[name].double() / 2) for name in sorted(cotangents)]
 
 
 def _products(one: list[tuple[Any, Any]], other: list[tuple[Any, Any]]) -> float:
-    """tr of the product of two such matrices."""
+    """tr of the product of two matrices, each given by its factors."""
     pairs = zip(one, other, strict=True)
     return sum(float((a * a_f).sum() * (b * b_f).sum()) for (a, b), (a_f, b_f) in pairs)

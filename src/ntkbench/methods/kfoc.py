@@ -20,20 +20,20 @@ from ntkbench.problem import Problem
 class KFOC(Method):
     """The metrics of ⊕_l A_l ⊗ B_l, where each product is the nearest one to its layer's block of J^T J.
 
-    With the gradients G_r of the n outputs r with respect to a layer's weight, its block is sum_r vec(G_r) vec(G_r)^T.
-    The nearest B ⊗ A in the Frobenius norm is the leading singular pair of the rearranged block (Van Loan and
-    Pitsianis 1993): A = sum_r G_r^T B G_r and B = sum_r G_r A G_r^T up to scale, computed in turn until they no longer
-    change. The bias is an input that is always one, and a parameter that is a vector has its whole block. Different
-    layers count as orthogonal, so that all metrics are biased, including the trace; no other Kronecker products are
-    closer to J^T J, those of :mod:`ntkbench.methods.kfac` included. The code is our own, as curvlinops 3.0.1 has no
-    KFOC.
+    With the gradients G_r of the n outputs with respect to a layer's weight, the layer's block is sum_r vec(G_r)
+    vec(G_r)^T. The nearest B ⊗ A in the Frobenius norm is the leading singular pair of the rearranged block (Van Loan
+    and Pitsianis 1993): A = sum_r G_r^T B G_r and B = sum_r G_r A G_r^T up to scale, computed in turn until they no
+    longer change. A bias is the weight of a constant input of one, and a parameter that is a vector keeps its whole
+    block. KFOC treats different layers as orthogonal, so every metric is biased, including the trace. No other
+    Kronecker products are closer to J^T J, including those of :mod:`ntkbench.methods.kfac`. The code is our own, as
+    curvlinops 3.0.1 has no KFOC.
 
-    O passes for each parameter set. J is held in float64 on the host; an iteration over a layer of D inputs and C
+    O passes for each parameter set. J is held in float64 on the host. An iteration for a layer of D inputs and C
     outputs takes 2 n C D (C + D) multiplications.
 
     Attributes:
         iterations: maximum number of iterations.
-        tolerance: relative change of the norm at which they stop.
+        tolerance: relative change of the norm at which the iteration stops.
     """
 
     title = "KFOC"
@@ -112,5 +112,5 @@ def _layers(j: JacobianOperator, weights: Mapping[str, np.ndarray]) -> Iterator[
 
 
 def _inner(one: Sequence[Factors], other: Sequence[Factors]) -> float:
-    """tr of the product of two such matrices."""
+    """tr of the product of two matrices, each given by its factors."""
     return sum(float((a * a_f).sum() * (b * b_f).sum()) for (a, b), (a_f, b_f) in zip(one, other, strict=True))

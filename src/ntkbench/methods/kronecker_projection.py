@@ -1,4 +1,4 @@
-"""Two-sided projections of each layer's gradients by their factors, as for LoGra."""
+"""Two-sided projections of each layer's gradients by their factors, as in LoGra."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 
 
 class KroneckerProjection(Projected):
-    """Features B G A^T of the gradient G = sum_s g_s a_s^T of each layer, with normal A and B.
+    """Features B G A^T of the gradient G = sum_s g_s a_s^T of each layer, with Gaussian A and B.
 
-    A layer's inputs a_s and cotangents g_s are projected to d numbers each, so that G is never formed: d (C + D + d)
-    multiplications per position for a layer of D inputs and C outputs, O passes for each parameter set. Unbiased, as A
-    and B are independent and E A^T A = E B^T B = I. There are d^2 features for each layer and replicate, but an
-    additional feature on one side improves only that side: the relative error of the Gram matrix falls as 1 / sqrt(d),
-    the fourth root of k, where that of an unstructured projection falls as 1 / sqrt(k). Use this method for large
-    layers, where it saves most of the time, and not for small errors.
+    A layer's inputs a_s and cotangents g_s are projected to d numbers each, so G is never formed. This takes
+    d (C + D + d) multiplications per position for a layer of D inputs and C outputs, and O passes for each parameter
+    set. Unbiased, as A and B are independent and E A^T A = E B^T B = I. There are d^2 features for each layer and
+    replicate, but an additional feature on one side improves only that side. The relative error of the Gram matrix
+    therefore falls only as 1 / sqrt(d), the inverse fourth root of k, where that of an unstructured projection falls as
+    1 / sqrt(k). Use this method for large layers, where it saves most of the time, and not for small errors.
 
-    A side with at most d entries is not projected. The bias counts as an input that is always one. Scales, shifts and
-    other parameters outside linear maps are projected densely to d^2 numbers. ``replicates`` pairs of A and B for each
-    layer give the standard error its degrees of freedom; LoGra has one pair.
+    A side with at most d entries is not projected. A bias is the weight of a constant input of one. Scales, shifts and
+    other parameters outside linear maps are projected densely to d^2 numbers. ``replicates`` independent pairs of A and
+    B for each layer give the standard error its degrees of freedom; LoGra has one pair.
 
     Attributes:
         replicates: R.
-        few: d below which estimates have a note that their intervals may be too short. On a transformer 76 % of the
-            95 % intervals with d = 1 contained the norm.
+        few: d below which a note says that intervals may be too short. On a transformer 76 % of the 95 % intervals with
+            d = 1 contained the norm.
     """
 
     title = "two-sided projection (LoGra)"
@@ -108,7 +108,7 @@ class KroneckerProjection(Projected):
 
 
 def _not_covered(problem: Problem) -> str | None:
-    """Why the factors of some layer are not those of a linear map, as far as the module shows."""
+    """Why the factors of some layer are not those of a linear map; ``None`` if the module shows no reason."""
     names: dict[int, str] = {}
     for name, w in problem.network.named_parameters(remove_duplicate=False):
         if ".parametrizations." in name or name.startswith("parametrizations."):
@@ -125,7 +125,7 @@ class _Projections:
         self._end, self._replicates, self._d, self._seed = end, replicates, d, seed
 
     def features(self) -> Features:
-        """``[R, n, w]``."""
+        """The features, ``[R, n, w]``."""
         return self._end.engine.certain(self._collected)
 
     def _collected(self) -> Features:
@@ -175,16 +175,16 @@ class _Projections:
         raise Unavailable(f"projects linear maps only, and the gradient of {names} is not that of one")
 
     def _by_replicates(self, project: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, nbytes: int) -> Tensor:
-        """``project`` for as many replicates at a time as a quarter of the memory allows, with bytes for each."""
+        """Apply ``project`` to replicates of ``nbytes`` each, as many at a time as fit in a quarter of the memory."""
         import torch
 
         size = max(1, self._end.engine.memory // 4 // nbytes)
         return torch.cat([project(*some) for some in zip(a.split(size), b.split(size), strict=True)])
 
     def _densely(self, number: int, rows: Tensor) -> Tensor:
-        """Rows ``[N, K, entries]`` by dense projections to d^2 numbers, ``[R, N, K, d^2]``; few entries are left alone.
+        """Dense projections of rows ``[N, K, entries]`` to ``[R, N, K, d^2]``; up to d^2 entries are kept as they are.
 
-        The projections are drawn for some entries at a time.
+        The projections are drawn for a chunk of the entries at a time.
         """
         import torch
 
@@ -198,14 +198,14 @@ class _Projections:
         return found / self._d
 
     def _generator(self, number: int, side: int, like: Tensor) -> Generator:
-        """The random numbers of one side of a layer, the same at all parameter sets."""
+        """The random generator of one side of a layer, the same at all parameter sets."""
         import torch
 
         seeds = np.random.SeedSequence((self._seed, number, side)).generate_state(1, np.uint64)
         return torch.Generator(like.device).manual_seed(int(seeds[0] >> 1))
 
     def _side(self, number: int, side: int, sizes: tuple[int, ...], d: int, like: Tensor) -> Tensor:
-        """Projections of one side of a layer, ``[R, groups, d, entries]``; those with few entries are left alone."""
+        """Projections of one side of a layer, ``[R, groups, d, entries]``; the identity for up to d entries."""
         import torch
 
         groups, entries = sizes

@@ -16,10 +16,9 @@ from ntkbench.problem import Problem
 
 
 class NaiveJacobian(Deterministic):
-    """J by ``torch.autograd.grad`` in a loop over all outputs: n passes for each parameter set if J fits in half of the
-    memory.
+    """J by ``torch.autograd.grad`` in a loop over all outputs: n passes for each parameter set.
 
-    Blocks of rows that do not fit are recomputed for every pair of blocks.
+    If J takes more than half of the memory, blocks of its rows are recomputed for every pair of blocks.
     """
 
     title = "naive Jacobian"
@@ -49,6 +48,6 @@ class NaiveJacobian(Deterministic):
 
 
 def _blocks(n: int, P: int, memory: int, itemsize: int) -> list[range]:
-    """Rows of a quarter of the memory, as two blocks of each J are held at a time."""
+    """Blocks of rows of at most a quarter of the memory each, as two blocks of each J are held at a time."""
     size = max(1, memory // (4 * P * itemsize))
     return [range(i, min(i + size, n)) for i in range(0, n, size)]

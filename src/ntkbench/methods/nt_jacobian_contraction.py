@@ -8,7 +8,7 @@ from ntkbench.methods.base.neural_tangents import NeuralTangents
 class NtJacobianContraction(NeuralTangents):
     """Per-sample Jacobians by reverse mode, contracted parameter by parameter.
 
-    Cost: O backward passes and n^2 P multiplications; holds the n x P Jacobian, or the part of it that XLA needs at
+    Cost: O backward passes and n^2 P multiplications. Holds the n x P Jacobian, or the part of it that XLA needs at
     once.
     """
 

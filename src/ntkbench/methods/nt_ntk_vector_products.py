@@ -10,8 +10,8 @@ from ntkbench.problem import Problem
 class NtNtkVectorProducts(NeuralTangents):
     """Each O x O block of Theta by a JVP after a VJP for each output, all N^2 pairs of samples and all outputs at once.
 
-    Cost: N^2 O VJPs and as many JVPs of single samples, no contraction over parameters. The activations of all of them
-    are held at once, which takes far more memory than Theta if a network has large activations.
+    Cost: N^2 O VJPs and as many JVPs of single samples, without a contraction over parameters. The activations of all
+    of them are held at once, which takes far more memory than Theta if activations are large.
     """
 
     title = "neural-tangents NTK-vector products"
@@ -22,5 +22,5 @@ class NtNtkVectorProducts(NeuralTangents):
     implementation = "NTK_VECTOR_PRODUCTS"
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """Theta also for the trace, which is only read off it."""
+        """Theta, also for the trace, which is read from it."""
         return max(problem.n**2 * target.itemsize, super().bytes_needed(problem, metric, target))

@@ -9,12 +9,12 @@ from ntkbench.problem import Problem
 
 
 class NtStructuredDerivatives(NeuralTangents):
-    """Theta equation by equation of the traced network, by rules for the structure in each equation's own Jacobian.
+    """Theta from the traced network's equations, with rules that exploit the structure of each equation's Jacobian.
 
-    Cost: O backward passes to the outputs of those equations that have a parameter as input, and one contraction for
-    each pair of equations with the same parameter. Loops are unrolled, so a recurrence of T steps compiles O(T^2)
-    contractions. A parameter that is transposed before it is multiplied enters by the transpose, which has no structure
-    to exploit.
+    Cost: O backward passes to the outputs of the equations that have a parameter as input, and one contraction for each
+    pair of equations with the same parameter. Loops are unrolled, so a recurrence of T steps compiles O(T^2)
+    contractions. If a parameter is transposed before it is multiplied, the equation that has it as input is the
+    transpose, which has no structure to exploit.
     """
 
     title = "neural-tangents structured derivatives"

@@ -36,7 +36,7 @@ class NtkVectorProducts(Deterministic):
 
 
 def _rows_of_theta(jacobians: Sequence[JacobianOperator]) -> Iterator[tuple[np.ndarray, list[Array]]]:
-    """Numbers of some rows, and these rows at each parameter set, within a quarter of the memory."""
+    """Indices of some rows, and these rows at each parameter set, within a quarter of the memory."""
     j = jacobians[0]
     for rectangle in j.rectangles(1 / 2):
         numbers = j.row_numbers(*rectangle)

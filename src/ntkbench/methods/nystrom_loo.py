@@ -17,22 +17,23 @@ from ntkbench.operators import JacobianOperator, Rng
 class NystromLOO(FixedBudget):
     """||Theta||_F^2, tr Theta and tr(Theta Theta_f) with leave-one-out Nystrom approximations as control variates.
 
-    With k Gaussian probes U, J^T U = Q R, B = J Q and Theta = B B^T + E: tr Theta is as in ``xnystrace``,
-    ||Theta||_F^2 = 2 ||J^T B||_F^2 - ||B^T B||_F^2 + ||E||_F^2, and with the same at theta_f
-    tr(Theta Theta_f) = ||J_f^T B||_F^2 + ||J^T B_f||_F^2 - ||B_f^T B||_F^2 + tr(E E_f). The last terms are the means
-    over i of <E u_i, E_f u_i>, with u_i left out of the sketch and put on the sphere in the orthogonal complement of
-    the other probes. This takes no further product, as E u_i is in the span of B. 3k passes for norm and effective
-    rank, 8k for alignment.
+    With k Gaussian probes U, let J^T U = Q R, B = J Q and Theta = B B^T + E. Then tr Theta is estimated as in
+    ``xnystrace``, ||Theta||_F^2 = 2 ||J^T B||_F^2 - ||B^T B||_F^2 + ||E||_F^2, and with the same at theta_f tr(Theta
+    Theta_f) = ||J_f^T B||_F^2 + ||J^T B_f||_F^2 - ||B_f^T B||_F^2 + tr(E E_f). The last terms, ||E||_F^2 and tr(E E_f),
+    are estimated by means over i of <E u_i, E_f u_i>, where u_i is left out of the sketch and put on the sphere in the
+    orthogonal complement of the other probes. This takes no further products, as E u_i is in the span of B. The cost is
+    3k passes for norm and effective rank, and 8k for alignment.
 
     The moments are unbiased; the square root and the ratios have a bias of the order of the variance. The variance is
-    that of Hutchinson for E instead of Theta, so it falls with the tail of the spectrum. If the spectrum does not
+    that of Hutchinson for E in place of Theta, so it falls with the tail of the spectrum. On a spectrum that does not
     decay, it is that of Hutchinson with fewer probes. Exact once k exceeds the ranks of Theta and Theta_f. The standard
     error is that of the linearised metric, with the covariance of the leave-one-out estimates (see
-    :func:`ntkbench.estimators.deflation.leave_one_out`). That covariance has few degrees of freedom, whatever k is, so
-    that intervals of many probes are conservative, which a note says. Holds 3k gradients for each parameter set.
+    :func:`ntkbench.estimators.deflation.leave_one_out`). This covariance has few degrees of freedom for any k, so
+    intervals from many probes are conservative, and a note says so. Holds up to 4k gradients for each parameter set.
 
     Attributes:
-        many: number of probes from which on an estimate has a note if its degrees of freedom are less than a quarter.
+        many: smallest number of probes at which a note calls the interval conservative, if there are fewer than a
+            quarter as many degrees of freedom.
     """
 
     title = "leave-one-out Nystrom"

@@ -13,13 +13,14 @@ from ntkbench.operators import JacobianOperator, Rng, arrays
 
 
 class NystromPP(FixedBudget):
-    """tr A = tr A' + 1/k sum_i g_i^T (A - A') g_i with A' = A S (S^T A S)^+ (A S)^T, for Theta and Theta^2.
+    """tr A' + 1/k sum_i g_i^T (A - A') g_i with A' = A S (S^T A S)^+ (A S)^T, for A = Theta and A = Theta^2.
 
-    S and g are k Gaussian vectors each: 2k products with A, where Hutch++ takes 3k. A product takes 2 passes for Theta,
-    and 4 for Theta^2; effective rank takes independent traces. The method does not apply to the alignment, as
-    Theta Theta_f is not symmetric. Unbiased, with variance 2 ||A - A'||_F^2 / k given S. The standard error is that of
-    the residual's mean. The pseudo-inverse omits small and negative eigenvalues of S^T A S, which are round-off; the
-    residual then includes their part of A. Exact once k reaches the rank of A, up to round-off times k.
+    S and g are k Gaussian vectors each. This takes 2k products with A, where Hutch++ takes 3k. A product takes 2 passes
+    for Theta, and 4 for Theta^2. The effective rank combines independent estimates of the two traces. The method does
+    not apply to the alignment, as Theta Theta_f is not symmetric. Unbiased, with variance 2 ||A - A'||_F^2 / k given S.
+    The standard error is that of the residual's mean. The pseudo-inverse omits small and negative eigenvalues of S^T A
+    S, which are round-off; the residual then includes their part of A. Exact once k reaches the rank of A, up to
+    round-off times k.
     """
 
     title = "Nystrom++"

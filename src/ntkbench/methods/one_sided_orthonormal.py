@@ -16,12 +16,12 @@ from ntkbench.problem import Problem
 
 
 class OneSidedOrthonormal(Accumulating):
-    """n times the mean of ||J^T q_i||^2 over k orthonormal q_i, a Gaussian block after QR: 1 pass per probe; unbiased.
+    """n times the mean of ||J^T q_i||^2 over k random orthonormal vectors q_i: 1 pass per probe; unbiased.
 
-    The variance is 2 n (n - k) / ((n - 1) (n + 2)) (||Theta||_F^2 - (tr Theta)^2 / n) / k: that of k points on the
-    sphere with the finite-population correction (n - k) / (n - 1). n probes are therefore exact, and no more are drawn.
-    With fewer probes, random signs (``one_sided_reverse``) have the smaller variance unless the diagonal of Theta is
-    even, and need no QR. Holds the probes, k n numbers.
+    The q_i are a Gaussian block after QR. The variance is 2 n (n - k) / ((n - 1) (n + 2)) (||Theta||_F^2 -
+    (tr Theta)^2 / n) / k: that of k points on the sphere with the finite-population correction (n - k) / (n - 1). So n
+    probes are exact, and no more are drawn. With fewer probes, random signs (``one_sided_reverse``) have the smaller
+    variance unless the diagonal of Theta is nearly constant, and need no QR. Holds the probes, k n numbers.
     """
 
     title = "one-sided orthonormal"
@@ -35,7 +35,7 @@ class OneSidedOrthonormal(Accumulating):
         return 1
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """The probes, and a copy of them where further ones are added."""
+        """The probes, and a copy of them while further ones are added."""
         probes = min(self.default_passes if passes is None else passes, problem.n)
         return 2 * probes * problem.n * target.itemsize
 
@@ -45,7 +45,7 @@ class OneSidedOrthonormal(Accumulating):
 
 
 class _OrthonormalProbes(ProbeMeans):
-    """Orthonormal probes; further ones are orthogonal to all before them."""
+    """Orthonormal probes; new ones are orthogonal to all earlier ones."""
 
     def __init__(self, jacobian: JacobianOperator, rng: Rng) -> None:
         super().__init__(("trace",), self._squared_norms, jacobian.blocks)

@@ -10,8 +10,8 @@ class OneSidedPaperReverse(OneSidedPaper):
 
     Q is an orthonormal basis of q = m // 6 random sign vectors, and g are the other m - q probes, also random signs. Q
     does not depend on Theta, so it removes a share of only q / n of the trace. The variance is about
-    2 ||Theta||_F^2 (1 - 2 q / n) / (m - q): more than that of m plain probes, unless Theta is small. The standard error
-    is that of the residual's mean.
+    2 ||Theta||_F^2 (1 - 2 q / n) / (m - q): more than that of m plain probes, unless n is small. The standard error is
+    that of the residual's mean.
     """
 
     title = "one-sided reverse (paper's script)"

@@ -6,7 +6,7 @@ from ntkbench.methods.base.one_sided import OneSided
 
 
 class OneSidedReverse(OneSided):
-    """The mean of ||J^T u||^2 over random signs u: 1 pass per probe, half of those for Theta u; unbiased.
+    """The mean of ||J^T u||^2 over random signs u: 1 pass per probe, half of the passes for Theta u; unbiased.
 
     The variance is 2 (||Theta||_F^2 - sum_i Theta_ii^2) / k for k probes.
     """

@@ -1,4 +1,4 @@
-"""Per-sample trace: tr Theta = sum_b E ||J_b^T u_b||^2, every sample's gradient from the same backward pass."""
+"""Per-sample trace: tr Theta = sum_b E ||J_b^T u_b||^2, with all samples' gradients from one backward pass."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ class PerSampleTrace(OneSidedPerSample):
     """The mean over k probes of random signs u of sum_b ||J_b^T u_b||^2: 1 pass per probe; unbiased.
 
     A one-sided probe takes the squared norm of the sum of all samples' gradients, so its cross-sample terms add noise.
-    They have zero mean, and are dropped here: the gradient of each sample is squared separately. The variance is
-    2 sum_b (||Theta_bb||_F^2 - sum_o Theta_(bo)(bo)^2) / k: that of the diagonal blocks alone, and zero for O = 1. The
-    standard error adds up the variances of the samples.
+    These have zero mean, and are dropped here: the squared norm of each sample's gradient is taken separately. The
+    variance is 2 sum_b (||Theta_bb||_F^2 - sum_o Theta_(bo)(bo)^2) / k: that of the diagonal blocks alone, and zero for
+    O = 1. For the standard error, the variances of the samples are added up.
     """
 
     title = "per-sample trace"

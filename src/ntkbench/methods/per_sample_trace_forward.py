@@ -10,11 +10,11 @@ from ntkbench.problem import Problem
 class PerSampleTraceForward(OneSidedPerSample):
     """The mean over k probes of random signs w of sum_b ||J_b w_b||^2: 1 pass per probe, JVPs only; unbiased.
 
-    As in ``per_sample_trace``, the cross-sample terms, which have zero mean, are dropped. The variance is
-    2 sum_b (||A_b||_F^2 - sum_p (A_b)_pp^2) / k with A_b = J_b^T J_b, where ||A_b||_F = ||Theta_bb||_F. Signs remove
-    the diagonal of A_b, not that of Theta_bb. The variance is large if the outputs of a sample share parameters, as the
-    steps of a recurrent network do, and small in wide layers. Each sample takes P random signs, so with many parameters
-    and few outputs the probes cost more than the products.
+    As in ``per_sample_trace``, the cross-sample terms, which have zero mean, are dropped. The variance is 2
+    sum_b (||A_b||_F^2 - sum_p (A_b)_pp^2) / k with A_b = J_b^T J_b, where ||A_b||_F = ||Theta_bb||_F. Random signs
+    remove the diagonal of A_b, not that of Theta_bb. The variance is large if the outputs of a sample share parameters,
+    as the steps of a recurrent network do, and small in wide layers. Each sample takes P random signs, so with many
+    parameters and few outputs drawing the probes takes longer than the products.
     """
 
     title = "per-sample trace (forward)"

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 class RecurrentExactTrace(Deterministic):
     """tr Theta = sum_(b, t, o) ||J_b^T e_(t, o)||^2, for all trials b in one backward pass from step t.
 
-    Trials do not interact, so T O' backward passes compute the B T O' rows of J, with O' outputs per step. The one from
-    step t takes the fraction t / T of a pass, which makes O' (T + 1) / 2 passes in all. Squared norms of gradients are
-    computed from inner products between steps if that takes fewer multiplications than the gradients.
+    Trials do not interact, so T O' backward passes compute all B T O' rows of J, for B trials of T steps with O'
+    outputs per step. The backward pass from step t takes the fraction t / T of a pass, which adds up to O' (T + 1) / 2
+    passes. Squared norms of gradients are computed from inner products between steps if this takes fewer
+    multiplications than the gradients themselves.
     """
 
     title = "recurrent exact trace"

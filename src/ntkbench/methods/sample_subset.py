@@ -29,35 +29,37 @@ if TYPE_CHECKING:
 
 
 ALIKE = 100
-"""Relative error, in units of the rounding of a number, up to which samples that were drawn count as alike."""
+"""Relative error, in machine epsilons, up to which the samples that were drawn count as alike."""
 FEW = 20
-"""Number of samples with unknown shares of the trace from which on those drawn show whether the batch is uneven."""
+"""Smallest number of drawn samples that show whether the batch is uneven, if shares of the trace are unknown."""
 ROUNDING = 1e-9
-"""Passes by which a sum of fractions of passes may be off."""
+"""Rounding error allowed for in a sum of fractions of passes."""
 
 
 class SampleSubset(Incremental):
-    """Blocks Theta_bc between S of N samples, drawn without replacement, by layers as in ``structured_derivatives``.
+    """The exact kernel of S of N samples, drawn without replacement, by layers as in ``structured_derivatives``.
 
     ||Theta||_F^2 = E [sum_(b != c) ||Theta_bc||_F^2 / pi_bc + sum_b ||Theta_bb||_F^2 / pi_b] over the samples drawn,
-    with the probabilities pi_b and pi_bc that samples and pairs of them are drawn (Horvitz and Thompson 1952),
-    tr(Theta Theta_f) likewise, and tr Theta = E sum_b tr Theta_bb / pi_b. All are unbiased; the square root and the
-    ratios are biased at order 1/S. S O / N passes, and as many at theta_f, or more if the kernel of the subset is
-    computed in blocks because it does not fit in memory: then S is smaller. The variance comes from the choice of
-    samples alone. It is smaller for ratios, which vary little between subsets. A few dozen samples often suffice for
-    effective rank and alignment. Exact once S = N.
+    where pi_b and pi_bc are the probabilities that sample b and the pair b, c are drawn (Horvitz and Thompson 1952).
+    tr(Theta Theta_f) is estimated likewise, and tr Theta = E sum_b tr Theta_bb / pi_b. All are unbiased; the square
+    root and the ratios are biased at order 1/S. The variance comes from the choice of samples alone. It is smaller for
+    ratios, which vary little between subsets: a few dozen samples often suffice for effective rank and alignment. Exact
+    once S = N.
 
-    Probabilities are about proportional to the traces of the samples' own blocks, and the samples with the largest ones
-    are part of every subset (:mod:`ntkbench.estimators.sampling`). One random probe of each sample's own block
-    estimates its trace, for 1 pass at each parameter set, if that leaves ``min_samples``; otherwise probabilities are
-    equal. When the subset grows, the kernel of the larger subset is recomputed, within the budget.
+    Takes S O / N passes, and as many at theta_f. If the kernel of the subset does not fit in memory, it is computed in
+    blocks, which takes more passes, so S is smaller for the same budget.
+
+    The probabilities are about proportional to the traces of the samples' own blocks, and the samples with the largest
+    traces are part of every subset (:mod:`ntkbench.estimators.sampling`). One random probe estimates these traces, for
+    1 pass at each parameter set, if the remaining budget allows ``min_samples`` samples; otherwise the probabilities
+    are equal. When the subset grows, the kernel of the larger subset is recomputed, within the budget.
 
     The standard error is that of Hajek 1964 for the metric's jackknife values, with the finite-population corrections
-    1 - pi_b. Its degrees of freedom are those of a sample variance, fewer where the samples' effects have heavy tails.
+    1 - pi_b. Its degrees of freedom are those of a sample variance, and fewer if the samples' effects have heavy tails.
     Holds (S O)^2 numbers for each parameter set.
 
     Attributes:
-        min_samples: minimum of S, or N if that is smaller; the variance between samples can be estimated from 4 on.
+        min_samples: minimum of S, or N if that is smaller. The variance between samples can be estimated from S = 4 on.
         max_entries: entries of the kernel that are copied in float64 at a time; at least the rows of a sample.
     """
 
@@ -91,10 +93,10 @@ class SampleSubset(Incremental):
         return share**2 * operations.by_layers(problem, metric, problem.O * operations.ends(metric))
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """The kernels with what they are made from, and the tables of all moments with what they are made from."""
+        """The kernels and the tables of all moments, with the arrays that they are computed from."""
         samples = _samples(problem, metric, self.default_passes if passes is None else passes)
         kernels = 2 * len(metrics.parameter_sets(metric)) * problem.O**2 * target.itemsize
-        probabilities = 6 * 8  # of pairs, and what they are made from
+        probabilities = 6 * 8  # of pairs, and the arrays that they are computed from
         return samples**2 * (kernels + 2 * (len(required_moments([metric])) + 2) * 8 + probabilities)
 
     def prepare(self, problem: Problem, target: Target) -> TracedProblem:
@@ -127,7 +129,7 @@ def _samples(problem: Problem, metric: str, passes: int) -> int:
 
 
 class _Subset(Accumulator):
-    """Moments of the kernel between some samples. The number of probes is that of passes."""
+    """Moments of the kernel of a subset of the samples. A probe is a pass."""
 
     def __init__(
         self, ends: Sequence[TracedNetwork], names: Sequence[str], seed: int, min_samples: int, max_entries: int
@@ -165,7 +167,7 @@ class _Subset(Accumulator):
 
     @property
     def uneven(self) -> bool:
-        """Whether any sample is left out: samples drawn that are nearly alike do not show those that are not."""
+        """Whether any sample is left out: drawn samples that are nearly alike say nothing about the others."""
         return len(self._traces) < self._N
 
     def extend(self, probes: int) -> None:
@@ -206,7 +208,7 @@ class _Subset(Accumulator):
         return [arrays.to_numpy(product.sum((1, 3)), np.float64) for product in products]
 
     def cost(self, samples: int) -> float:
-        """Passes that the kernels of a number of samples take, those of blocks that are computed again included."""
+        """Passes that the kernels of a number of samples take, including those of recomputed blocks."""
         each = (end.engine.passes([end.parameters], end.x[:samples]) for end in self._ends)
         return sum(each) * samples / self._N
 
@@ -219,17 +221,17 @@ class _Subset(Accumulator):
         return bisect.bisect(range(1, most), left + ROUNDING, key=self.cost)
 
     def _in_one_block(self, passes: float) -> int:
-        """Number of samples whose kernel takes this number of passes in one block."""
+        """Largest number of samples whose kernel takes at most these passes if computed in one block."""
         return min(self._N, int((passes + ROUNDING) * self._N / (self._O * len(self._ends))))
 
     def _shares_at(self, end: TracedNetwork) -> np.ndarray:
-        """Shares of the trace by one probe, ``[N]``."""
+        """The samples' shares of the trace, estimated by one probe, ``[N]``."""
         signs = self._rng.sign(1, self._N * self._O).reshape(self._N, 1, self._O)
         traces = arrays.to_numpy(end.engine.diagonal(end.parameters, end.x, signs), np.float64).reshape(-1)
         return traces / (traces.sum() or 1.0)
 
     def _kernel(self, end: TracedNetwork, samples: np.ndarray) -> Tensor:
-        """``[S, O, S, O]``."""
+        """The kernel of some samples, ``[S, O, S, O]``."""
         return end.engine.kernel(end.parameters, end.x[samples]).reshape(len(samples), self._O, -1, self._O)
 
     def _estimated(self) -> Moments:
@@ -243,14 +245,14 @@ class _Subset(Accumulator):
         return Moments(trace=float(trace), **dict(zip(self._moments, map(float, sums), strict=True)))
 
     def _of_pairs(self, table: np.ndarray) -> np.ndarray:
-        """Terms of pairs of samples drawn, over the probabilities of the pairs, ``[S, S]`` with a zero diagonal."""
+        """Terms of pairs of drawn samples divided by the pairs' probabilities, ``[S, S]`` with a zero diagonal."""
         off = ~np.eye(len(table), dtype=bool)
         return np.divide(table, self._pair, out=np.zeros_like(table), where=off)
 
     def _drawn(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Terms of each sample drawn by itself, ``[S]``, and of pairs of samples drawn, ``[S, S]``, by moment."""
+        """Terms of single drawn samples, ``[S]``, and of pairs of drawn samples, ``[S, S]``, for each moment."""
         count = len(self._choice)
-        # By itself: its own block, and its blocks with the samples that are in every subset.
+        # Single terms: a sample's own block, and its blocks with the samples that are in every subset.
         own = [table.diagonal()[count:] + 2 * table[:count, count:].sum(0) for table in self._tables]
         return own, [table[count:, count:] for table in self._tables]
 
@@ -265,32 +267,32 @@ class _Subset(Accumulator):
         if count + S == self._N:
             return PointEstimate(value, 0.0)
         names = [*self._moments, "trace"]
-        # By how much each moment changes with each sample drawn, relative to a weighted mean (Hajek 1964).
+        # Effect of each drawn sample on each moment, relative to a weighted mean (Hajek 1964).
         singles = np.array([*own, self._traces[count:]]) / self._single
         pairs = np.array([*(self._of_pairs(table).sum(1) for table in rest), np.zeros(S)])
         left = 1 - self._single
         effects = S * (singles + 2 * pairs)
         effects -= (effects @ left / left.sum())[:, None]
         error, degrees = self._scatter(metric, moments, names, effects, left)
-        if error <= ALIKE * self._epsilon * abs(value):  # samples that are alike do not show those that were not drawn
+        if error <= ALIKE * self._epsilon * abs(value):  # drawn samples that are alike say nothing about the others
             return PointEstimate(value, math.nan, 0.0)
         return PointEstimate(value, error, degrees)
 
     def _scatter(
         self, metric: str, moments: Moments, names: Sequence[str], effects: np.ndarray, left: np.ndarray
     ) -> tuple[float, float]:
-        """Standard error from effects of the S samples drawn on each moment, and its degrees of freedom.
+        """Standard error from the effects of the S drawn samples on each moment, and its degrees of freedom.
 
-        The effects are those on the metric itself, from its values without each sample (the jackknife), and not on its
-        linear part. They count the interaction of pairs of samples up to twice (Efron and Stein 1981), which makes the
-        error slightly too large where that matters. Few values of a heavy-tailed effect do not show its tails, so that
-        their degrees of freedom are reduced further (:data:`ntkbench.estimators.accumulators.FEWER`).
+        The error is that of the metric itself, from its values without each sample (the jackknife), and not of its
+        linear part. The jackknife counts the interaction of pairs of samples up to twice (Efron and Stein 1981), so the
+        error is slightly too large if this interaction matters. A few values of a heavy-tailed effect do not show its
+        tails, so the degrees of freedom are reduced further (:data:`ntkbench.estimators.accumulators.FEWER`).
 
         Args:
             metric: the metric.
             moments: estimates of its moments.
-            names: of the moments.
-            effects: of each sample, ``[moments, S]``, about their mean.
+            names: names of the moments.
+            effects: effects of each sample, ``[moments, S]``, about their mean.
             left: 1 - pi_b of each sample, ``[S]``.
         """
         S = len(left)

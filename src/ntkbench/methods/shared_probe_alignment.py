@@ -1,4 +1,4 @@
-"""Shared-probe alignment: both norms and the cross term from the same Theta-products."""
+"""Shared-probe alignment: both norms and the cross term from the same products with Theta and Theta_f."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ntkbench.operators import Array, JacobianOperator, Rng, arrays
 
 
 class SharedProbeAlignment(FixedBudget):
-    """<Theta u, Theta_f u> against ||Theta u|| ||Theta_f u|| over m orthonormalised probes u.
+    """Alignment from the means of <Theta u, Theta_f u>, ||Theta u||^2 and ||Theta_f u||^2 over m orthonormal probes u.
 
-    ``op_alignment`` of the blog post, with its QR of a Gaussian block: 2m Theta-products, 4m passes. The ratio of means
-    is biased at order 1/m. The standard error is the jackknife over probes with the finite-population correction, since
-    all three sums are exact with n orthonormal probes.
+    This is ``op_alignment`` of the blog post, whose probes are a Gaussian block after QR: 2m products with Theta or
+    Theta_f, 4m passes. The ratio of means is biased at order 1/m. The standard error is that of the jackknife over
+    probes with the finite-population correction, since all three sums are exact for n orthonormal probes.
     """
 
     title = "shared-probe alignment"

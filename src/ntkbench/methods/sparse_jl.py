@@ -1,4 +1,4 @@
-"""Sparse Johnson-Lindenstrauss projection of the rows of J, as for GraSS."""
+"""Sparse Johnson-Lindenstrauss projection of the rows of J, as in GraSS."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from ntkbench.methods.base.projected import HashedRows
 
 
 class SparseJL(HashedRows):
-    """Phi = J S, where each parameter has ``nonzeros`` random signs in S, one in each of as many blocks of k features.
+    """Features Phi = J S, where S has ``nonzeros`` random signs for each parameter, one in each block of features.
 
-    O passes for each parameter set and n P ``nonzeros`` additions for any k. A block is a CountSketch, and blocks are
-    independent, so they serve as replicates for the unbiased estimates and their standard errors. The relative error of
-    the Gram matrix is that of a dense projection with as many features. ``grass`` also drops random parameters
-    first, which saves time and adds variance.
+    Takes O passes for each parameter set and n P ``nonzeros`` additions for any k. A block of k / ``nonzeros`` features
+    is a CountSketch. Blocks are independent, so they serve as replicates for the unbiased estimates and their standard
+    errors. The relative error of the Gram matrix is that of a dense projection with as many features. ``grass`` first
+    drops random parameters, which saves time and adds variance.
 
     Attributes:
-        nonzeros: nonzeros of each parameter; 8 give the standard error 7 degrees of freedom.
+        nonzeros: number of nonzeros per parameter; 8 give the standard error 7 degrees of freedom.
     """
 
     title = "sparse projection (SJLT)"

@@ -18,18 +18,19 @@ if TYPE_CHECKING:
 class StructuredBlockUStatistics(StructuredUStatistics):
     """The estimator of ``block_u_statistics`` on the engine of ``structured_derivatives``.
 
-    It has the same mean, variance and passes: 1 per probe, 2 for alignment. The gradient of a weight is a sum of outer
-    products of inputs and cotangents, so inner products of gradients follow from those of their factors. For a linear
-    layer of I inputs and I' outputs they take I + I' multiplications instead of I I'. Probes are processed in groups,
-    and pairs are taken within a group only. Probes that are added later form groups of their own. If the kernel of a
-    group does not fit in memory, the passes of its columns are repeated, and fewer probes are drawn, or groups are
-    smaller. The budget is never exceeded.
+    Mean, variance and passes are the same: 1 pass per probe, 2 for alignment. The gradient of a weight is a sum of
+    outer products of inputs and cotangents, so inner products of gradients follow from those of their factors. For a
+    linear layer of I inputs and I' outputs they take I + I' multiplications in place of I I'.
 
-    If few samples have most of ||Theta||_F^2, as outliers do, they are treated exactly, in all O outputs, and the
-    others by probes (see :mod:`ntkbench.estimators.strata`). An exact sample h takes O / N of a pass in each group of
-    probes. ||Theta_hh||_F^2 is then exact, and ||Theta_hc||_F^2 is the mean of ||J_h w_c^k||^2. From
-    ``least_with_pilot`` probes on, one is spent on the choice of these samples. It is not used for the estimate, so
-    that the choice causes no bias. Groups that were drawn before are discarded if there are exact samples.
+    Probes are processed in groups, and only pairs within a group are used. Probes that are added later form new groups.
+    If the kernel of a group does not fit in memory, the passes of its columns are repeated, so fewer probes are drawn
+    or groups are smaller. The budget is never exceeded.
+
+    If a few samples, such as outliers, have most of ||Theta||_F^2, they are treated exactly, with all O outputs, and
+    the others by probes (see :mod:`ntkbench.estimators.strata`). An exact sample h takes O / N of a pass in each group
+    of probes. ||Theta_hh||_F^2 is then exact, and ||Theta_hc||_F^2 is estimated by the mean of ||J_h w_c^k||^2. If
+    there are at least ``least_with_pilot`` probes, one is spent on the choice of these samples. It is not used for the
+    estimate, so the choice causes no bias. If there are exact samples, groups that were drawn before are discarded.
     """
 
     title = "block U-statistics by layers"

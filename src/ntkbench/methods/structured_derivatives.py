@@ -6,11 +6,11 @@ from ntkbench.methods.base.layerwise import Layerwise
 
 
 class StructuredDerivatives(Layerwise):
-    """Theta as a sum over layers of products of their inputs and of the cotangents of their outputs.
+    """Theta as a sum over layers of products of their inputs and of the cotangents at their outputs.
 
-    O passes for each parameter set (backward passes that leave out the gradients of weights), and for each layer the
-    cheaper of two orders of contraction, on one triangle; the trace takes only the diagonal. Memory is that of Theta
-    and of one layer, or of blocks of Theta if that exceeds the budget.
+    Takes O backward passes for each parameter set, without the gradients of weights. Each layer is contracted in the
+    cheaper of two orders, for one triangle of Theta; the trace takes only the diagonal. Theta and one layer are held in
+    memory, or blocks of Theta if these do not fit.
     """
 
     title = "structured derivatives"

@@ -1,4 +1,4 @@
-"""The mean kernel over outputs, the best N x N kernel in the Frobenius norm."""
+"""The mean of the outputs' kernels, the best N x N kernel in the Frobenius norm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wide linear head, tied to the embedding or not: all moments of Theta without a pass for each output."""
+"""Wide linear head, tied to the embedding or not: all moments of Theta in fewer passes than there are outputs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ if TYPE_CHECKING:
 
 
 class WideHead(WideHeadMethod):
-    """Theta of a network that ends with a linear layer from d to V > d outputs, at T positions of each sample.
+    """Theta of a network that ends with a linear layer from d inputs to V > d outputs, at T positions of each sample.
 
-    T d passes in place of T V, and a kernel of N T d rows in place of N T V; see :mod:`ntkbench.methods.base.head`.
-    If the weight of the head is also that of the embedding, and m distinct tokens occur, these are T (m + d) passes and
-    N T (m + d) rows, with m + 2 d for the alignment; see :mod:`ntkbench.methods.base.tied_head`. The weight must be
-    used exactly twice, as embedding and as head. The last operations of the network's graph show that the results of
-    the layer are the outputs. Plain autograd certifies it: a gradient of the network is compared with that of its
-    replacement, in 2 passes at each set of weights. The method is for language models, whose vocabulary is far wider
-    than their hidden states.
+    This takes T d passes in place of T V, and a kernel of N T d rows in place of N T V; see
+    :mod:`ntkbench.methods.base.head`. If the head shares its weight with the embedding, and m distinct tokens occur, it
+    takes T (m + d) passes and N T (m + d) rows, with m + 2 d in place of m + d for alignment; see
+    :mod:`ntkbench.methods.base.tied_head`. Such a weight must be used exactly twice, as embedding and as head.
+
+    The last operations of the network's graph show that the results of the layer are the outputs. Plain autograd
+    certifies this: a gradient of the network is compared with that of its replacement, in 2 passes at each parameter
+    set. The method is for language models, whose vocabulary is far wider than their hidden states.
     """
 
     title = "wide head"

@@ -1,4 +1,4 @@
-"""Block U-statistics of a network with a wide linear head, in as many dimensions as its hidden vectors have."""
+"""Block U-statistics of a network with a wide linear head, in the dimension of its hidden vectors."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 class WideHeadUStatistics(WideHeadMethod, StructuredUStatistics):
     """The estimator of ``structured_block_u_statistics`` on a network whose head has r outputs in place of V.
 
-    Theta = (I ⊗ Q) Theta' (I ⊗ Q^T) + G ⊗ (I - Q Q^T), where Theta' is the kernel of the network with the head
-    Q^T W. The moments of both terms add up. Those of the second one, which has V - r of V dimensions, are exact. Probes
-    estimate only Theta', with T r outputs in place of T V. With an untied head r = d, or 2 d for the alignment; with a
-    head that is tied to the embedding r is larger by the number of distinct tokens. See
-    :mod:`ntkbench.methods.base.head` and :mod:`ntkbench.methods.base.tied_head`.
+    Theta = (I ⊗ Q) Theta' (I ⊗ Q^T) + G ⊗ (I - Q Q^T), where Theta' is the kernel of the network with the head Q^T W.
+    The moments of both terms add up. Those of the second term, which has V - r of V dimensions, are exact. Probes
+    estimate only Theta', with T r outputs in place of T V. For an untied head r = d, or 2 d for alignment; for a head
+    that is tied to the embedding, r is larger by the number of distinct tokens. See :mod:`ntkbench.methods.base.head`
+    and :mod:`ntkbench.methods.base.tied_head`.
 
-    1 pass per probe of the network with the shorter head, 2 for alignment. Unbiased for the moments; the square root
-    and the ratios are biased at order 1/K. Plain autograd certifies that the shorter network represents the whole one,
-    in 2 passes at each set of weights. The method is for language models, whose trace and norm at initialisation are
-    mostly those of the head.
+    1 pass of the network with the shorter head per probe, 2 for alignment. The moments are unbiased; the square root
+    and the ratios are biased at order 1/K. Plain autograd certifies that the network with the shorter head represents
+    the original one, in 2 passes at each parameter set. The method is for language models, whose trace and norm at
+    initialisation are mostly those of the head.
     """
 
     title = "wide head, block U-statistics"
@@ -39,11 +39,11 @@ class WideHeadUStatistics(WideHeadMethod, StructuredUStatistics):
     variance = "that of ``structured_block_u_statistics`` for Theta' alone"
 
     def strata(self, problem: Problem, metric: str) -> int:
-        """0, as the exact moments of the head often make the error of few probes small."""
+        """0, as with the exact moments of the head even a few probes often have a small error."""
         return 0
 
     def signs(self, problem: Problem, metric: str) -> int:
-        """0, as nothing may be left to estimate beside the exact moments."""
+        """0, as the exact moments may leave nothing to estimate."""
         return 0
 
     def networks(self, prepared: HeadedProblem | TiedProblem, metric: str) -> tuple[Sequence[TracedNetwork], Moments]:
@@ -52,7 +52,7 @@ class WideHeadUStatistics(WideHeadMethod, StructuredUStatistics):
     def rounding(
         self, prepared: HeadedProblem | TiedProblem, names: Sequence[str], metric: str, certified: float | None
     ) -> float:
-        """Where the head has most of Theta, errors may be as small as the rounding of its part."""
+        """A bound on the rounding error; the standard error may be as small if the head has most of Theta."""
         from ntkbench.methods.base.layerwise import rounding_of
 
         return rounding_of(prepared.short.networks(widest(names)), metric, certified)

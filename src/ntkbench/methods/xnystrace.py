@@ -8,9 +8,9 @@ from ntkbench.methods.base.xnystrace import FactoredXNysTrace
 class XNysTrace(FactoredXNysTrace):
     """Mean over i of tr Theta_i + c_i u_i^T (Theta - Theta_i) u_i, with leave-one-out Nystrom approximations Theta_i.
 
-    Theta_i is made from all of the k Gaussian probes U except u_i. With F = J^T U = Q R it takes k VJPs for F and k
-    JVPs for ||J Q||_F^2; see :class:`ntkbench.methods.base.xnystrace.FactoredXNysTrace`. Unbiased. Exact once k exceeds
-    the rank of Theta. Holds k gradients.
+    Theta_i uses all of the k Gaussian probes U except u_i. With F = J^T U = Q R, k VJPs compute F and k JVPs compute
+    ||J Q||_F^2; see :class:`ntkbench.methods.base.xnystrace.FactoredXNysTrace`. Unbiased. Exact once k exceeds the rank
+    of Theta. Holds up to 3k gradients.
     """
 
     title = "XNysTrace"

@@ -6,11 +6,11 @@ from ntkbench.methods.base.xnystrace import FactoredXNysTrace
 
 
 class XNysTraceForward(FactoredXNysTrace):
-    """``xnystrace`` of J^T J, which has the trace of Theta: F = J W = Q R for k Gaussian w in parameter space.
+    """``xnystrace`` for J^T J, which has the trace of Theta: F = J W = Q R for k Gaussian w in parameter space.
 
-    k JVPs for F, then k VJPs for ||J^T Q||_F^2. J J^T and J^T J have the same spectrum, so ``xnystrace`` differs in
-    cost and memory only: here the sketch has vectors of length n and the probes have length P, there it is the reverse.
-    Unbiased. Exact once k exceeds the rank of Theta. Holds k vectors of parameters and k gradients.
+    k JVPs for F, then k VJPs for ||J^T Q||_F^2. J J^T and J^T J have the same nonzero eigenvalues, so ``xnystrace``
+    differs in cost and memory only: here the sketch has vectors of length n and the probes have length P, there it is
+    the reverse. Unbiased. Exact once k exceeds the rank of Theta. Holds up to 3k vectors of length P.
     """
 
     title = "XNysTrace (forward)"

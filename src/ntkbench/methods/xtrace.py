@@ -11,12 +11,13 @@ from ntkbench.operators import JacobianOperator, Rng
 
 
 class XTrace(FixedBudget):
-    """Mean over i of tr Q_i^T Theta Q_i + c_i u_i^T (I - Q_i Q_i^T) Theta (I - Q_i Q_i^T) u_i, k Gaussian probes u.
+    """Mean over k Gaussian probes u_i of tr Q_i^T Theta Q_i + c_i u_i^T (I - Q_i Q_i^T) Theta (I - Q_i Q_i^T) u_i.
 
-    Q_i = orth(Theta U without u_i), and c_i puts the projected probe on the sphere of radius sqrt(n - k + 1). With
-    Theta = J J^T everything follows from Theta U, from J^T U, which is computed on the way, and from J^T Q: 3k passes,
-    where Theta as a black box takes 4k. Unbiased. The standard error includes the covariance of the k estimates (see
-    :func:`ntkbench.estimators.deflation.leave_one_out`). Exact once k exceeds the rank of Theta. Holds 2k gradients.
+    Q_i = orth(Theta U without u_i), and c_i scales the projected probe to the sphere of radius sqrt(n - k + 1). With
+    Theta = J J^T all terms follow from Theta U, from J^T U, which is computed on the way, and from J^T Q. This takes 3k
+    passes, where Theta as a black box takes 4k. Unbiased. The standard error includes the covariance of the k estimates
+    (see :func:`ntkbench.estimators.deflation.leave_one_out`). Exact once k exceeds the rank of Theta. Holds 2k
+    gradients.
     """
 
     title = "XTrace"

@@ -1,4 +1,4 @@
-"""Standard networks for images, as studies use them."""
+"""Standard image networks, as used in studies."""
 
 from __future__ import annotations
 

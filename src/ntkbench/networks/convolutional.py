@@ -30,7 +30,7 @@ def network(
 
 
 def forward(weights: Weights, x: Any, *, strides: Sequence[int], average: bool = True) -> Any:
-    """:func:`network` in JAX; ``average`` if ``features`` is not given there."""
+    """:func:`network` in JAX; ``average`` is true if ``features`` is not given there."""
     import jax
 
     for i, stride in enumerate(strides):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ntkbench.networks.architecture import CHANNELS, Weights
 
 EPS = 1e-6
-"""Epsilon of LayerNorm, as in the code of both papers."""
+"""Epsilon of LayerNorm, as in the code of the papers on Vision Transformers and MLP-Mixers."""
 
 
 class Patches(nn.Conv2d):

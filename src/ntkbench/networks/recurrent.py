@@ -1,7 +1,7 @@
 """Recurrent networks in PyTorch and in JAX: layers of plain operations, and PyTorch's own.
 
 Each module declares a :class:`ntkbench.operators.recurrent.cells.Recurrence`, which tells the structure-aware Jacobian
-its parameters.
+the roles of its parameters.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequen
 
 def declares(module: Any) -> bool:
     """Whether a module declares a recurrence (see :class:`ntkbench.operators.recurrent.cells.Recurrence`)."""
-    found = getattr(module, "recurrence", None)  # the module may use the name otherwise
+    found = getattr(module, "recurrence", None)  # the module may use the name for something else
     return found is not None and isinstance(found, _backend("recurrent.cells").Recurrence)
 
 
@@ -93,7 +93,7 @@ def torch_network(problem: Problem, weights: str, target: Target) -> Any:
 
 
 SMALL_RESULT = 2**24
-"""Bytes that every device holds; a query of the free memory takes as long as a small kernel."""
+"""Bytes that every device holds, unchecked: a query of the free memory takes as long as a small kernel."""
 
 
 def check_result(rows: int, columns: int, target: Target) -> None:

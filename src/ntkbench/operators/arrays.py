@@ -20,7 +20,7 @@ TF32 = 2.0**-10
 def to_numpy(array: Any, dtype: DTypeLike | None = None) -> np.ndarray:
     """An array of any library as a NumPy array on the host, in its own precision unless ``dtype`` is given.
 
-    NumPy has no bfloat16: a tensor of torch in it becomes float32.
+    NumPy has no bfloat16: a torch tensor in bfloat16 becomes float32.
     """
     if hasattr(array, "cpu"):
         array = array.cpu().float() if str(array.dtype) == "torch.bfloat16" else array.cpu()
@@ -68,5 +68,5 @@ def chunks(size: int, count: int) -> list[slice]:
 
 
 def strips(rows: int, columns: int, most: float) -> list[slice]:
-    """``range(rows)`` in adjacent slices, each of at most ``most`` entries in all of ``columns``, or a single row."""
+    """``range(rows)`` in adjacent slices, each of at most ``most`` entries over all ``columns``, or of a single row."""
     return chunks(rows, -(-rows // max(1, int(most / columns))))

@@ -46,10 +46,10 @@ class JacobianOperator(ABC):
     unmodified network over the whole batch (see :mod:`ntkbench.operators.certificate`). If a kind differs by more than
     rounding, or raises, the backend's next method computes it, and ``notes`` say why. Certificates are not counted as
     passes. They take one plain backward pass for each kind and parameter set, and two more products if the products
-    themselves do not cover the whole batch, such as products with unit vectors or by sample. A budget that pays for
-    JVPs takes two more as well.
+    themselves do not cover the whole batch, such as products with unit vectors or by sample. Where a budget depends on
+    the cost of JVPs, settling that cost takes two more as well.
 
-    All products refuse vectors of other shapes with ``BadInput``, other orders of the axes included.
+    All products refuse vectors of other shapes with ``BadInput``, including other orders of the axes.
 
     Attributes:
         N: samples.
@@ -110,7 +110,7 @@ class JacobianOperator(ABC):
 
     @property
     def certificate(self) -> float | None:
-        """The largest relative difference from plain autograd among the kinds of product used; ``None`` if none was."""
+        """The largest relative difference from plain autograd over all certified products; ``None`` without any."""
         found = self.reference.differences if self.reference else {}
         return max(found.values(), default=None)
 
@@ -267,10 +267,10 @@ class JacobianOperator(ABC):
     def passes_per_jvp(self, by_sample: bool = False) -> int:
         """Passes of a JVP: 1, or 2 for a network without forward mode.
 
-        The first call settles this by products that are compared with the reference, and are not counted.
+        The first call determines this by products that are compared with the reference and not counted.
 
         Args:
-            by_sample: that of :meth:`sample_jvp`.
+            by_sample: whether to return the passes of :meth:`sample_jvp`.
         """
         return 1
 
@@ -284,7 +284,7 @@ class JacobianOperator(ABC):
             spent = self._sample_passes
             self.jvp(_halves(certificate.random_signs(self.P, self.basis(0, 1))))
             self._sample_passes = spent
-            del self.reference.differences[kind]  # the products that are asked for are compared as well
+            del self.reference.differences[kind]  # the requested products are compared as well
         self.reference.settled.add(kind)
 
     def _certified(
@@ -294,7 +294,7 @@ class JacobianOperator(ABC):
         difference: Callable[[Array, Reference], float],
         probes: int = 2,
     ) -> Array:
-        """A product by the backend's first method that agrees with the reference. Compared at the first use.
+        """A product by the backend's first method that agrees with the reference, compared at the first use.
 
         Batched rules may be right for one probe and wrong for several, so both are certified separately.
 
@@ -319,14 +319,14 @@ class JacobianOperator(ABC):
                 reasons.append(errors.reason(error))
                 if not self._next_way(kind, reasons[-1]):
                     raise Uncertified(f"{kind} products: {'; '.join(dict.fromkeys(reasons))}") from error
-                for other in (kind, f"{kind} of one probe"):  # certified by the method that is given up
+                for other in (kind, f"{kind} of one probe"):  # certified by the abandoned method
                     self.reference.differences.pop(other, None)
             else:
                 self.reference.differences[checked] = off
                 return found
 
     def _is_plain(self, kind: str) -> bool:
-        """Whether a product is by plain autograd itself; see :func:`ntkbench.operators.certificate.check_plain`."""
+        """Whether a product comes from plain autograd; see :func:`ntkbench.operators.certificate.check_plain`."""
         return False
 
     def _next_way(self, kind: str, reason: str) -> bool:
@@ -344,7 +344,7 @@ class JacobianOperator(ABC):
     def _certified_sample_vjp(self, v: Array) -> Array | None:
         """Gradients of all samples ``[k, N, P]``, compared directly; ``None`` if that comparison is too weak.
 
-        A random combination of them is a gradient over the whole batch, if the combined cotangent has no zeros.
+        A random combination of them is compared with one gradient over the whole batch, unless its cotangent has zeros.
         """
         if self.reference is None or "sample_vjp" in self.reference.differences:
             return None
@@ -432,7 +432,7 @@ class JacobianOperator(ABC):
         return self._bytes_per_sample_row()
 
     def bytes_of_certificates(self) -> int:
-        """Bytes of parameters and gradients that certificates hold beside products, generously."""
+        """Generous estimate of the bytes of parameters and gradients that certificates hold besides products."""
         return 8 * self.P * self.itemsize
 
     def _split(self, rows: Array) -> Iterator[Array]:
@@ -478,7 +478,7 @@ class JacobianOperator(ABC):
 
 
 def _check_shape(vectors: Array, *shape: int) -> None:
-    """Refuse all but ``[k, *shape]``: products reshape their vectors, and would take those of other axes for these."""
+    """Refuse vectors other than ``[k, *shape]``: products reshape them, and would accept other orders of the axes."""
     if tuple(vectors.shape[1:]) != shape:
         allowed, given = ", ".join(map(str, ("k", *shape))), tuple(vectors.shape)
         raise BadInput(f"vectors of a product must be [{allowed}], one for each probe, got shape {given}")

@@ -1,4 +1,4 @@
-"""Certificates: products with a Jacobian compared with plain automatic differentiation of the network as it is."""
+"""Certificates: products with a Jacobian compared with plain automatic differentiation of the unmodified network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tolerance(epsilon: float) -> float:
 
 
 PLAIN = 1 / 32
-"""The same for products by plain autograd itself: rounding alone may reach it in a bfloat16 network."""
+"""Tolerance for products by plain autograd itself; rounding alone may reach it in a bfloat16 network."""
 
 
 def check(difference: float, epsilon: float) -> None:
@@ -48,7 +48,7 @@ def check_plain(difference: float, reference: Reference, like: Array, n: int) ->
     it must give exactly -2 times the gradient.
 
     Args:
-        difference: of a combination of products from the gradient of the combination.
+        difference: relative difference between a combination of products and the gradient of the combination.
         reference: gives the gradients.
         like: an array of the operator.
         n: outputs of the whole batch.
@@ -74,7 +74,7 @@ class Reference:
 
     Attributes:
         differences: the relative difference found for each kind of product; shared by all copies of an operator.
-        settled: kinds of product whose method is known, so that their cost is.
+        settled: kinds of product whose method, and therefore cost, is known.
 
     Args:
         gradient: makes the function from v ``[n]``, an array of the operator, and the memory of one pass, to J^T v
@@ -97,7 +97,7 @@ class Reference:
 
         Args:
             v: cotangent.
-            memory: bytes that a pass may take. The batch is split if it takes more, and its samples must not interact.
+            memory: bytes that a pass may take. A batch that takes more is split; its samples must not interact.
         """
         found = self._gradient()(v, memory)
         return found if isinstance(found, type(v)) else arrays.asarray_like(arrays.to_numpy(found), v)

@@ -1,4 +1,4 @@
-"""A kernel from rows of J, computed in blocks: for every network that can be differentiated at all."""
+"""A kernel from rows of J, computed in blocks, for any network that can be differentiated."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def explicit_kernel(
 
     With ``rows`` and ``columns`` it is that rectangle of the kernel.
 
-    Cost: K N1 N2 K P multiplications, and K passes if all rows fit in a quarter of ``memory`` and independent samples
-    have their gradients taken together; otherwise rows are recomputed for each block of columns. Rows of interacting
-    samples take a pass each.
+    Cost: K N1 N2 K P multiplications, and K passes if samples are independent and all rows fit in a quarter of
+    ``memory``. Rows that do not fit are recomputed for each block of columns. Rows of interacting samples take a pass
+    each.
 
     Args:
         left: operator of the rows.
@@ -63,7 +63,7 @@ def _with_kernel(
     columns: slice,
     independent: bool,
 ) -> Array:
-    """An array with the kernel of some directions added to it, block by block."""
+    """Add the kernel of some directions to an array, block by block, and return the array."""
     K, columns_of = len(directions), right or left
     symmetric = right is None and rows == columns
     for row in _blocks(left, rows, K, independent):
@@ -88,7 +88,7 @@ def _moved(part: slice, by: int) -> slice:
 
 
 def _with_block(theta: Array, rows: slice, columns: slice, block: Array) -> Array:
-    """An array with a block added: in place, or a copy where arrays cannot change."""
+    """Add a block to an array and return the array, which is a copy if arrays are immutable."""
     if array_api_compat.is_jax_array(theta):
         return theta.at[rows, columns].add(block)
     theta[rows, columns] += block

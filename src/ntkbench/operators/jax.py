@@ -50,7 +50,7 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[NetworkFunc
 
 
 def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[..., jax.Array]:
-    """v ``[n]``, an array of any library, -> J^T v ``[P]`` by :func:`plain_pullback`, which runs again for each v."""
+    """v ``[n]``, an array of any library, -> J^T v ``[P]`` by :func:`plain_pullback`, which is repeated for each v."""
     return lambda v, memory=None: plain_pullback(problem, weights, target, names)(v)
 
 
@@ -117,7 +117,7 @@ def free_memory(target: Target) -> int:
 
 
 SAID = {"jvp": "JVP", "sample_jvp": "per-sample JVP"}
-"""Products by forward mode first, or by two reverse passes if the network has no forward mode."""
+"""Products by forward mode, or by two reverse passes if the network has no forward mode, with their names in notes."""
 
 
 class JaxJacobian(JacobianOperator):
@@ -242,7 +242,7 @@ class _Programs:
 
 @functools.lru_cache(maxsize=16)
 def _programs(forward: NetworkFunction) -> _Programs:
-    """Programs of the most recent networks. For functions of this module, JAX would keep compiled programs forever."""
+    """Programs of the most recent networks. JAX would keep programs compiled from functions of this module forever."""
     return _Programs(forward)
 
 

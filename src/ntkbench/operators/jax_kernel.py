@@ -48,7 +48,7 @@ def ways(problem: Problem, x2: np.ndarray | None = None) -> list[Way]:
 def structured_derivatives(
     problem: Problem, x2: np.ndarray | None, directions: np.ndarray | None, averaged: bool, target: Target
 ) -> jax.Array:
-    """By neural-tangents, equation by equation of the traced network; O or K backward passes.
+    """The kernel by neural-tangents, equation by equation of the traced network; O or K backward passes.
 
     Certificates take a forward and a backward pass for each set of inputs; K backward passes if averaged.
 
@@ -67,21 +67,21 @@ def structured_derivatives(
 def jacobian_contraction(
     problem: Problem, x2: np.ndarray | None, directions: np.ndarray | None, averaged: bool, target: Target
 ) -> jax.Array:
-    """By neural-tangents, from gradients of all parameters; see :func:`structured_derivatives` for the rest."""
+    """The kernel by neural-tangents, from explicit gradients; see :func:`structured_derivatives` for the rest."""
     return _by_neural_tangents("JACOBIAN_CONTRACTION", problem, x2, directions, averaged, target)
 
 
 def sample_by_sample(
     problem: Problem, x2: np.ndarray | None, directions: np.ndarray | None, averaged: bool, target: Target
 ) -> jax.Array:
-    """From rows of J, sample by sample; see :func:`ntkbench.operators.explicit_kernel.explicit_kernel`."""
+    """The kernel from rows of J, sample by sample; see :func:`ntkbench.operators.explicit_kernel.explicit_kernel`."""
     return _by_rows(problem, x2, directions, averaged, target, independent=True)
 
 
 def row_by_row(
     problem: Problem, x2: np.ndarray | None, directions: np.ndarray | None, averaged: bool, target: Target
 ) -> jax.Array:
-    """From rows of J by products over the whole batch, which allows samples to interact."""
+    """The kernel from rows of J by products over the whole batch, which allows samples to interact."""
     return _by_rows(problem, x2, directions, averaged, target, independent=False)
 
 
@@ -94,7 +94,7 @@ def in_parts(
     rectangle is certified separately. ``target.program_memory`` includes the rectangle.
 
     Args:
-        way: :func:`structured_derivatives` or :func:`jacobian_contraction`; the other arguments are those of it.
+        way: :func:`structured_derivatives` or :func:`jacobian_contraction`; the other arguments are those of ``way``.
 
     Raises:
         BadInput: raised by the function: a rectangle has only some outputs of a sample.
@@ -199,7 +199,7 @@ def _expected_form(
 
 
 def _cotangents(signs: np.ndarray, u: np.ndarray, averaged: bool) -> Iterator[np.ndarray]:
-    """One for signs of all directions, or one per direction for the mean over them."""
+    """One cotangent that combines all directions, or one per direction for the mean over them."""
     if averaged:
         yield from (np.outer(signs, direction) for direction in u)
     else:

@@ -2,7 +2,7 @@
 
 :func:`load` imports it and repairs what newer versions of jax broke:
 
-- names that neural-tangents looks up during its import are added to jax's modules for that time only;
+- names that neural-tangents looks up during its import are added to jax's modules for the time of the import only;
 - names that it looks up at run time are put into its own module, on top of jax's.
 
 jax itself is the same before and after. All repairs use jax's public API, and the implementations of the NTK need every
@@ -99,9 +99,9 @@ def _dynamic_shapes(empirical: types.ModuleType) -> None:
 def _names_of_ad(empirical: types.ModuleType) -> None:
     """The names that neural-tangents looks up in ``jax.interpreters.ad`` when it traverses a linearised network.
 
-    ``source_info_util``, absent since jax 0.4.26, is now in ``jax.extend``. Of ``config``, absent since then too, only
-    ``jax_enable_checks`` is read. It enables a check by functions that jax no longer has, so it is off. For
-    ``linearize`` see :func:`_linearize`.
+    ``source_info_util``, absent since jax 0.4.26, is now in ``jax.extend``. Only ``jax_enable_checks`` is
+    read of ``config``, also absent since then. It enables a check by functions that jax no longer has, so it is off.
+    For ``linearize`` see :func:`_linearize`.
     """
     import jax.extend.source_info_util
 
@@ -116,7 +116,7 @@ def _names_of_ad(empirical: types.ModuleType) -> None:
 def _linearize(network: Any, *weights: Any, has_aux: bool) -> tuple[list[Any], list[_Unknown], Any, list[Any]]:
     """The former ``ad.linearize``: outputs, a mark for each output, the linear map as a jaxpr, and its constants.
 
-    In jax 0.10 its marks are truth values, and since jax 0.10.2 its arguments differ. Tracing the result of the public
+    In jax 0.10 its marks are booleans, and since jax 0.10.2 its arguments differ. Tracing the result of the public
     ``jax.linearize`` gives the same, except that outputs which do not depend on the weights are not marked and have
     explicit zeros.
     """
@@ -213,7 +213,7 @@ def _equation_vjp(equation: Any, cotangent: Any, *inputs: Any) -> tuple[Any, ...
 
 
 def _operations(empirical: types.ModuleType) -> None:
-    """The criterion of ``AUTO``: the cost analysis of a compiled program is a dict, and was a list of one before."""
+    """The criterion of ``AUTO``: the cost analysis of a compiled program is a dict, formerly a list of one dict."""
     import jax
 
     def operations(function: Callable[..., Any], optimize: bool, *arguments: Any, **keywords: Any) -> float:

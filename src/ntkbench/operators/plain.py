@@ -1,4 +1,4 @@
-"""Plain automatic differentiation: a module as it is and ``backward``, without a functional call, vmap or a trace.
+"""Plain automatic differentiation: ``backward`` of an unmodified module, without functional calls, vmap or a trace.
 
 It is what training computes. Certificates compare with it, and products fall back on it if no faster method agrees.
 """
@@ -60,7 +60,7 @@ class PlainNetwork:
         return self._accumulated()
 
     def _saved_bytes(self, x: Tensor) -> int:
-        """Bytes of the values that autograd saves of a forward pass, without the parameters."""
+        """Bytes of the values that autograd saves in a forward pass, without the parameters."""
         if self._saved is None:
             parameters = {w.untyped_storage().data_ptr() for w in self._module.parameters()}
             self._saved = saved_bytes(lambda: called(self._module, x), parameters) or 0
@@ -105,8 +105,8 @@ class PlainNetwork:
         """f(x), and the leaves of its graph that the backward pass may write to; ``None`` for all of them.
 
         Functions of the user, such as ``call=``, may use tensors of the user, whose gradients and graphs must stay as
-        they are. The graphs of a network and of its copy share these tensors, and no others. If there are none, nothing
-        is left out: some gradients are only found during the backward pass, as by reentrant checkpointing.
+        they are. The graphs of a network and of its copy share these tensors, and no others. If there are none, all
+        leaves are allowed, because some are only found during the backward pass, as in reentrant checkpointing.
         """
         outputs = called(self._module, x)
         found, own = leaves(outputs), {id(w) for w in (*self._leaves, x)}
@@ -127,14 +127,14 @@ class PlainNetwork:
             outputs.backward(v.reshape(outputs.shape).to(outputs.dtype), retain_graph=retain, inputs=into)
 
     def _accumulated(self) -> list[Tensor]:
-        """The gradients that the leaves hold, which they hold no longer."""
+        """Take the gradients from the leaves and clear them."""
         found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
         self._clear()
         return [g.to_dense() if g.is_sparse else g for g in found]
 
 
 def leaves(outputs: Tensor) -> list[Tensor]:
-    """The tensors at which a graph ends."""
+    """The leaf tensors of a graph."""
     if outputs.grad_fn is None:
         return [outputs] if outputs.requires_grad else []
     found: list[Tensor] = []
@@ -150,7 +150,7 @@ def leaves(outputs: Tensor) -> list[Tensor]:
 
 
 def saved_bytes(forward: Callable[[], object], without: Collection[int] = ()) -> int | None:
-    """Bytes of the values that autograd saves of a forward pass; ``None`` if they cannot be counted.
+    """Bytes of the values that autograd saves in a forward pass; ``None`` if they cannot be counted.
 
     Args:
         forward: the forward pass.
@@ -166,7 +166,7 @@ def saved_bytes(forward: Callable[[], object], without: Collection[int] = ()) ->
 
 @contextlib.contextmanager
 def saved_values() -> Iterator[dict[int, int]]:
-    """Bytes of the values that autograd saves inside, by address."""
+    """Bytes of the values that autograd saves inside this context, by address."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class _ProcessWide:
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """Inside, the setting is made."""
+        """A context in which the setting holds."""
         with self._lock:
             if not self._users:
                 self._made.enter_context(self._setting())
@@ -84,7 +84,7 @@ _ATTENTION, _RECURRENT = _ProcessWide(_plain_attention), _ProcessWide(_plain_rec
 
 
 class _Constants(TorchFunctionMode):
-    """Takes tensors that no transform differentiates by without their graph, which results would carry on."""
+    """Detaches tensors that no transform differentiates with respect to, so that results do not carry their graphs."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -55,11 +55,11 @@ def kernel_function(
 
 
 LONGEST_SCAN = 8
-"""Steps of the longest recurrence for which structured derivatives are compiled, which takes O(T^2)."""
+"""Steps of the longest recurrence for which structured derivatives are compiled; compiling takes O(T^2)."""
 
 
 def scan_too_long(problem: Problem) -> str | None:
-    """Why structured derivatives do not suit a problem's JAX network with a long recurrence; else ``None``."""
+    """Why structured derivatives do not suit a JAX network with a long recurrence; ``None`` if they do."""
     steps = longest_scan(problem)
     if steps > LONGEST_SCAN:
         return f"unrolls lax.scan and compiles in O(T^2): T = {steps} here, at most {LONGEST_SCAN}"
@@ -175,7 +175,7 @@ def compile_within(limit: int, lowered: jax.stages.Lowered, name: str) -> jax.st
 
 
 def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """The compiled program, whatever it takes; compiling allocates none of its arrays."""
+    """The compiled program, whatever its size; compiling allocates none of its arrays."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return lowered.compile()
@@ -185,7 +185,7 @@ def check_bytes(needed: int, limit: int, name: str) -> None:
     """Check that a program takes at most ``limit`` bytes.
 
     Args:
-        needed: what :func:`needed_bytes` says of it.
+        needed: bytes of the program, by :func:`needed_bytes`.
         limit: bytes.
         name: name of the program, for the error message.
 

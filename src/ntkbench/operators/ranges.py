@@ -22,7 +22,7 @@ def within(rows: slice, K: int, most: int) -> list[slice]:
         samples = size // K
         parts = [slice(s.start * K, s.stop * K) for s in chunks(samples, -(-samples // (most // K)))]
     else:
-        whole = range(0, size, K)  # one sample or more; of one, there may be some directions only
+        whole = range(0, size, K)  # starts of samples; a single one may have only some of its directions
         length = min(K, size)
         some = chunks(length, -(-length // max(1, most)))
         parts = [slice(first + s.start, first + s.stop) for first in whole for s in some]

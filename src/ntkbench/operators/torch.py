@@ -52,7 +52,7 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, 
 def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[..., Tensor]:
     """v ``[n]``, an array of any library, -> J^T v ``[P]`` by plain autograd, parameters in the order of ``names``."""
     _, parameters, x = network(problem, weights, target)
-    # Not a copy of the module that products call: a transform may leave its own tensors in that one's attributes.
+    # Not a copy of the module that products call, because a transform may leave its tensors in that one's attributes.
     module = cast(copied(problem.network), getattr(torch, target.dtype), x.device)
     values = {name: parameters[name] for name in names}
     plain = PlainNetwork(load(module, problem.fixed(weights)), values, owned=True)
@@ -65,7 +65,7 @@ def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequen
 
 
 def device(target: Target) -> torch.device:
-    """The device of :func:`place`. TF32 is turned on or off there, as the target says.
+    """The device of :func:`place`. On a GPU, TF32 is turned on or off as the target says.
 
     Raises:
         Unavailable: ``cuda`` was requested and torch sees none.
@@ -181,7 +181,7 @@ class TorchJacobian(JacobianOperator):
 
     @functools.cached_property
     def _plain_pullback(self) -> Callable[[Tensor], list[Tensor]]:
-        """The same by plain ``backward``, one cotangent at a time."""
+        """The same VJP by plain ``backward``, one cotangent at a time."""
         return self._plain.pullback(self._x)
 
     def _next_way(self, kind: str, reason: str) -> bool:
@@ -297,7 +297,7 @@ class TorchJacobian(JacobianOperator):
 
     @functools.cached_property
     def _bytes_per_probe(self) -> int:
-        # Twice what autograd saves of a forward pass (values and cotangents), three gradients (a sum, its next term and
+        # Twice what autograd saves in a forward pass (values and cotangents), three gradients (a sum, its next term and
         # the flat copy), and two vectors of outputs (the probe, and its image).
         leaves = {key: w.detach().requires_grad_() for key, w in self._parameters.items()}
         saved = self._saved_bytes(lambda x: self._forward(leaves, x))
@@ -308,7 +308,7 @@ class TorchJacobian(JacobianOperator):
     def _saved_bytes(self, forward: Callable[[Tensor], Tensor]) -> int | None:
         """Bytes that autograd saves; those of many samples may not fit in memory, and are extrapolated from three.
 
-        They grow as a square where samples interact, as in attention over the batch.
+        They grow quadratically where samples interact, as in attention over the batch.
         """
         if self.N > 3:
             one, two, three = (saved_bytes(lambda k=k: forward(self._x[:k])) for k in (1, 2, 3))  # type: ignore[misc]

@@ -110,7 +110,7 @@ def reversing_transformer(N: int = SAMPLES) -> Definition:
 
 
 def of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy of the logits ``[N, T, V]`` of tokens ``[N, T]``."""
+    """Cross-entropy of logits ``[N, T, V]`` for tokens ``[N, T]``."""
     import torch
 
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())

@@ -23,7 +23,7 @@ def digits_mlp(N: int = 512) -> Definition:
 
 @problem(data=images.MNIST)
 def mnist_mlp(N: int = 512) -> Definition:
-    """784-256-256-10 ReLU network (the paper's) on MNIST's test file: trained on 9,000 images, N of the other 1,000."""
+    """784-256-256-10 ReLU network (the paper's), trained on 9,000 images of MNIST's test file; N of 1,000 held out."""
     return _relu_network(*images.mnist()[:3], N)
 
 

@@ -138,7 +138,7 @@ def _gpt2(N: int, T: int, V: int, d: int, L: int, head: Head, read: Read) -> Def
     if T > GPT2_POSITIONS:
         raise BadInput(f"T can be at most {GPT2_POSITIONS}, got {T}")
     size = Size(V, GPT2_POSITIONS, d, L, heads=max(1, d // HEAD_WIDTH))
-    # Drawn row by row, so that fewer sequences are the first ones of more.
+    # Drawn row by row, so that a smaller set of sequences is the beginning of a larger one.
     tokens = np.random.default_rng(1).integers(V, size=(N, T))
     return _transformer(size, tokens, None, head, read)
 

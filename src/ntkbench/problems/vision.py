@@ -1,4 +1,4 @@
-"""Networks on CIFAR-10, trained by others or on a part of it: logits on held-out images."""
+"""Networks on CIFAR-10, pretrained or trained on a part of it: logits on held-out images."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ntkbench.problems.base import Definition, problem, training
 
 @problem(any_size=True, data=(images.CIFAR10, pretrained.RESNETS[20]))
 def resnet20_cifar(N: int = 64) -> Definition:
-    """ResNet-20 on N held-out images of CIFAR-10 (JPEG copies), from He initialisation to weights trained by others."""
+    """ResNet-20 on N held-out images of CIFAR-10 (JPEG copies), from He initialisation to pretrained weights."""
     return _pretrained(20, N)
 
 
 @problem(any_size=True, data=(images.CIFAR10, pretrained.RESNETS[56]))
 def resnet56_cifar(N: int = 32) -> Definition:
-    """ResNet-56 on N held-out images of CIFAR-10 (JPEG copies), from He initialisation to weights trained by others."""
+    """ResNet-56 on N held-out images of CIFAR-10 (JPEG copies), from He initialisation to pretrained weights."""
     return _pretrained(56, N)
 
 

@@ -5,12 +5,12 @@ measured into ``results/<profile>/studies/<name>.csv``, from which figures with 
 holds
 
 - ``Settings``: a :class:`ntkbench.studies.base.Settings` with the study's sizes, by default those of the paper;
-- ``run(settings) -> pandas.DataFrame``: a tidy table with one row per measurement, without columns of provenance, made
-  from :func:`ntkbench.studies.base.row` by :func:`ntkbench.studies.base.table`;
+- ``run(settings) -> pandas.DataFrame``: a tidy table with one row per measurement and no provenance columns, built by
+  :func:`ntkbench.studies.base.table` from :func:`ntkbench.studies.base.row`;
 - ``TIMED`` (optional): ``False`` if no column holds seconds, so that the study may run beside others;
 - ``PLUGINS`` (optional): modules that it loads by name, such as ``"ntkbench.methods.hutchpp"``; the study runs again if
   their sources change;
-- ``DATA`` (optional): data files by the word of a setting that stands for them; the study runs again if they change.
+- ``DATA`` (optional): data files, by the value of a setting that selects them; the study runs again if they change.
 
 Importing a study does not start a backend.
 """

@@ -1,9 +1,9 @@
-"""The choice of ``method="auto"``: its time against that of every method that states the same tolerance.
+"""The choice of ``method="auto"``: its time compared with all methods that reach the same tolerance.
 
-A task is a metric of a problem to a relative tolerance. Exact methods take part, and estimators that stop where their
-95 % interval is within the tolerance. Approximate methods do not state an error and do not take part. Methods are
-prepared, as in a :class:`ntkbench.Kernel` that is used more than once, and those that may be the fastest are timed in
-turn with ``auto``.
+A task is a metric of a problem at a relative tolerance. The rivals are exact methods, and estimators that stop once
+their 95 % interval is within the tolerance. Approximate methods state no error and are left out. Methods are prepared,
+as in a :class:`ntkbench.Kernel` that is used more than once, and those that may be the fastest are timed in turn with
+``auto``.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ TIMED = True
 PLUGINS = base.methods_and_problems()
 AUTO = "auto"
 SEEDS = (2, 3, 4)
-"""Seeds of timed calls, with each of which a method has to reach the tolerance."""
+"""Seeds of timed calls; a method must reach the tolerance with each of them."""
 RIVAL = 4.0
-"""A method takes part in the timing in turn if its own time is within this factor of the fastest one's."""
+"""A method is timed in turn with the others if its time alone is within this factor of the fastest one's."""
 
 PROBLEMS = [
     "digits_mlp[N=64]",
@@ -66,10 +66,10 @@ class Settings(base.Settings):
 
 
 def run(settings: Settings) -> pd.DataFrame:
-    """One row for each task and method, that of ``auto`` first.
+    """One row for each task and method, ``auto`` first.
 
-    ``ratio`` is that of the seconds of ``auto`` to those of the method, with quartiles over calls; ``fastest`` marks
-    the fastest of these methods. ``by`` is the method that ``auto`` chose.
+    ``ratio`` is the ratio of the seconds of ``auto`` to those of the method, with quartiles over calls; ``fastest``
+    marks the fastest method other than ``auto``. ``by`` is the method that ``auto`` chose.
     """
     return base.table(
         row
@@ -81,7 +81,7 @@ def run(settings: Settings) -> pd.DataFrame:
 
 @functools.lru_cache(maxsize=1)
 def _prepared(label: str, target: Target) -> tuple[Problem, Callable[[Method], Any]]:
-    """A problem, and its methods, each prepared once."""
+    """A problem, and a function that prepares each method once."""
     problem = problems.load(label)
     return problem, base.preparing(problem, target)
 
@@ -128,10 +128,10 @@ def _estimate(settings: Settings, task: dict[str, Any], name: str, seed: int) ->
 
 
 def _alone(settings: Settings, task: dict[str, Any], name: str) -> dict[str, Any]:
-    """A method's estimates with the seeds that are timed: the widest interval, and the time of the fastest later one.
+    """A method's estimates with the timed seeds: the widest interval, and the fastest time after the first call.
 
     Raises:
-        Unavailable: it does not apply, takes too long, or does not reach the tolerance with each seed.
+        Unavailable: it does not apply, takes too long, or misses the tolerance with a seed.
         OverMemory: it would take more memory than the limits allow.
     """
     problem, _ = _prepared(task["problem"], settings.target())
@@ -177,8 +177,8 @@ def _check(settings: Settings, problem: Problem, metric: str, method: Method) ->
 def _calls(settings: Settings, task: dict[str, Any], name: str) -> tuple[Callable[[], Estimate], Callable[[], Any]]:
     """The timed call, which cycles through a few seeds, and a warm-up with each of them.
 
-    Numbers of probes depend on the seed, and programs for a new number are traced at the first call. Methods share
-    these programs, so that the first one in a turn would otherwise trace for all.
+    The number of probes depends on the seed, and the program for a new number is traced at its first call. Methods
+    share these programs, so the first method in a round would otherwise trace for all.
     """
     seeds = itertools.cycle(SEEDS)
     call = functools.partial(_estimate, settings, task, name)

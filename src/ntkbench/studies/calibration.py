@@ -2,9 +2,8 @@
 
 Networks are trained: Theta is the kernel at the weights after training, and the alignment is with the kernel at
 initialisation. Each case is estimated with many seeds, in four modes: by default, with a budget of passes, to a
-tolerance, and, for ``auto`` alone, with a fixed budget of as many passes as the tolerance took on average, by the
-method that most runs to the tolerance used. The last two show the cost of stopping at a tolerance, and its effect on
-the intervals.
+tolerance, and, for ``auto`` alone, with a matched budget: the mean passes of the runs to the tolerance, by the method
+that most of them used. The last two show the cost of stopping at a tolerance, and its effect on the intervals.
 """
 
 from __future__ import annotations
@@ -48,11 +47,11 @@ PROBLEMS = {
     "recurrent": "gru_flipflop[H=12,N=12,T=6]",
 }
 WAYS = ("default", "passes", "rtol", "matched")
-"""The modes; ``matched`` requests the most frequent method of ``rtol`` by its name, with as many passes on average."""
+"""The modes; ``matched`` requests the most frequent method of ``rtol`` by name, with the mean passes of ``rtol``."""
 TARGET_OF_AUTO, TARGET = (0.93, 0.97), (0.90, 0.98)
 """Where the coverage of a 95 % interval should lie: for ``auto``, and for a method requested by name."""
 ABOUT_ERRORS = re.compile(r"\b(error|interval)s?\b")
-"""In notes about errors and intervals."""
+"""Matches notes about errors and intervals."""
 PLUGINS = tuple(methods.REGISTRY.module(name) for name in methods.REGISTRY.found())
 
 
@@ -114,7 +113,7 @@ def _title(method: str) -> str:
 def _measure(
     settings: Settings, subject: Subject, metric: str, method: str, way: str, stopped: base.Row | None
 ) -> dict[str, Any]:
-    """Columns of a case; ``stopped`` is the row of the same case with the tolerance, if it has estimates."""
+    """Columns of a case; ``stopped`` is the row of the same case in the mode ``rtol``, if it has estimates."""
     if way == "matched":
         if stopped is None:
             raise Unavailable("no passes to match: there are no estimates to the tolerance")
@@ -177,16 +176,16 @@ def _trained(problem: Problem) -> Problem:
 def columns(method: str, found: Reruns) -> dict[str, Any]:
     """Columns of estimates over seeds: coverage, errors, stated errors, and the verdict on the coverage.
 
-    An estimate is exact if it is accurate to rounding and states no error, or one below that. If all estimates are,
-    there is nothing to cover. Otherwise ``covered`` is the share of all estimates that are exact or have a 95 %
-    interval that contains the exact value: which runs turn exact is random as well. Wilson's 95 % interval of it is
-    from ``covered_low`` to ``covered_high``. ``bias`` and ``rmse`` are mean and root mean square of the relative
-    errors, ``stated`` is the root mean square of the relative standard errors, 0 if an estimate states none, and
-    ``ratio`` is ``rmse / stated``. ``intervals`` is the number of estimates that are not exact. ``noted`` is the share
-    of all estimates that have a note about their error or interval, and ``notes`` the most frequent note of any kind.
-    ``by`` lists the methods that ran, and ``mostly`` is the most frequent one. The target is for intervals: exact
-    estimates, which always contain the value, raise it for the verdict. Intervals are too wide only if they are so
-    without the bound on rounding that they include.
+    An estimate is exact if it is accurate to rounding and states no error, or one below rounding. If all estimates are
+    exact, there is no coverage to measure. Otherwise ``covered`` is the share of all estimates that are exact or whose
+    95 % interval contains the exact value; exact ones count, since which runs are exact is random. ``covered_low`` to
+    ``covered_high`` is Wilson's 95 % interval of this share. ``bias`` and ``rmse`` are the mean and the root mean
+    square of the relative errors, ``stated`` is the root mean square of the finite relative standard errors, 0 for an
+    estimate that states none, and ``ratio`` is ``rmse / stated``. ``intervals`` is the number of estimates that are not
+    exact. ``noted`` is the share of all estimates that have a note about their error or interval, and ``notes`` the
+    most frequent note of any kind. ``by`` lists the methods that ran, and ``mostly`` is the most frequent one. The
+    target is for intervals. The verdict raises it for the exact estimates, which always cover. Coverage counts as too
+    high only if it is so without the rounding bound that intervals include.
 
     Args:
         method: the requested method.
@@ -254,13 +253,13 @@ def _mean(values: Sequence[float] | np.ndarray) -> float:
 
 
 def _verdict(low: float, high: float, least: float, most: float, excused: bool) -> str:
-    """``in range`` unless the interval ``[low, high]`` of the coverage and its target are disjoint.
+    """``in range`` if the interval ``[low, high]`` of the coverage overlaps its target.
 
     Args:
-        low: lower end for intervals without rounding.
-        high: upper end for intervals as they are.
+        low: lower end, for intervals without their rounding bound.
+        high: upper end, for intervals with it.
         least, most: the target.
-        excused: whether the estimates have notes.
+        excused: whether coverage outside the target is ``noted`` rather than ``below`` or ``above``.
     """
     if high >= least and low <= most:
         return "in range"

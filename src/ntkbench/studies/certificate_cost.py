@@ -33,8 +33,8 @@ class Certified(Strict):
     """An estimate whose certificate is measured.
 
     Attributes:
-        problem: its label.
-        method: its name; it runs on torch.
+        problem: label of the problem.
+        method: name of a method that runs on torch.
         metric: the metric that it computes.
         passes: budget of a method that takes one.
         calls: calls of each kind, in place of the study's.

@@ -27,10 +27,10 @@ class Case(Strict):
     """Methods on a problem.
 
     Attributes:
-        problem: its label.
-        metric: the metric that they compute.
-        rtol: the tolerance.
-        methods: their names; all that run on torch if not given.
+        problem: label of the problem.
+        metric: the metric that the methods compute.
+        rtol: relative tolerance.
+        methods: names of the methods; all that run on torch if not given.
     """
 
     problem: ProblemLabel

@@ -10,11 +10,11 @@ sample: 2 (sum_b ||Theta_bb||_F^2 - D) / K. Dropping the cross-sample terms ther
 ``norm_ratio`` is the same without D, R = ||Theta||_F^2 / sum_b ||Theta_bb||_F^2, and 1 - 1 / R the share of the squared
 norm between samples. R is at most N, since ||Theta_bc||_F^2 <= ||Theta_bb||_F ||Theta_cc||_F for a positive
 semi-definite Theta. The factor is at least R (for D > 0), and is unbounded: if the outputs of a sample have orthogonal
-gradients, as those of a wide network at initialisation nearly do, Theta_bb is diagonal and a per-sample estimate has no
-variance.
+gradients, as those of a wide network at initialisation nearly do, Theta_bb is diagonal and a per-sample estimate has
+zero variance.
 
-Theta is exact, in float64, by the layerwise engine. At the first and the last step of the first initialisation the
-factor is also measured: the ratio of the two estimates' variances over seeds.
+Theta is computed exactly, in float64, by the layerwise engine. At the first and the last step of the first
+initialisation the factor is also measured, as the ratio of the two estimates' variances over seeds.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def ratio_of_variances(above: Sequence[float], below: Sequence[float]) -> tuple[
 
 
 def _log_variance(values: np.ndarray) -> tuple[float, float]:
-    """Logarithm of the variance, and the variance of that."""
+    """Logarithm of the variance, and the variance of that logarithm."""
     centred = values - values.mean()
     kurtosis = (centred**4).mean() / (centred**2).mean() ** 2
     return math.log(values.var(ddof=1)), float(kurtosis - 1) / len(values)

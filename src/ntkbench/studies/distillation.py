@@ -1,12 +1,13 @@
-"""Distillation of a small network with and without the alignment of its kernel with the teacher's as a regulariser.
+"""Distillation of a small network, with and without the alignment of its kernel with the teacher's as a regulariser.
 
 A wide network is trained on scikit-learn's digits, and a narrow one on the outputs of the wide one for some images. The
 loss of the latter is the cross-entropy with the teacher's probabilities, plus ``weight`` times 1 - alignment of the two
 kernels on the batch, by a differentiable estimate from shared probes. The same seeds, and so the same initial weights
-and batches, are used with each weight. Each row has the mean over seeds and the mean of the paired differences from no
-regulariser, the ``reference``, both with 95 % intervals. ``verdict`` is ``better`` or ``worse`` only if the interval of
-the difference does not contain 0. Intervals are over students of one teacher, and not corrected for several
-comparisons. The regulariser is designed to raise the alignment; the question is whether the other quantities improve.
+and batches, are used with each weight. Each row has the mean over seeds and the mean paired difference from the
+``reference``, which has no regulariser, both with 95 % intervals. ``verdict`` is ``better`` or ``worse`` only if the
+interval of the difference does not contain 0. Intervals are over students of one teacher, and are not corrected for
+multiple comparisons. The regulariser is designed to raise the alignment; the question is whether the other quantities
+improve.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def verdict(sign: int, low: float, high: float) -> str:
-    """The verdict of an interval of differences, if a change of this sign is an improvement."""
+    """The verdict on an interval of differences; ``sign`` is the sign of an improvement."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return "not known"
     if low <= 0 <= high:

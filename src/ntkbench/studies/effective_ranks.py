@@ -1,10 +1,10 @@
-"""Effective ranks of Theta and of kernels between samples, by BatchNorm's statistics.
+"""Effective ranks of Theta and of kernels between samples, with different statistics of BatchNorm.
 
-Networks with BatchNorm in eval mode have different kernels with different statistics: those stored with the weights,
-those of the images themselves (``calibrated``: one pass in train mode), or means of 0 and variances of 1
-(``uncalibrated``), as in a network that was never trained. Theta is n x n with n = N O; the pNTK, the trace kernel and
-those of single logits are N x N and read off Theta's entries. The table has the effective rank (tr A)^2 / ||A||_F^2 and
-the entropy effective rank.
+The kernel of a network with BatchNorm in eval mode depends on its statistics: those stored with the weights, those of
+the images themselves (``calibrated``, by one pass in train mode), or means of 0 and variances of 1
+(``uncalibrated``), as in a network that was never trained. Theta is n x n with n = N O. The pNTK, the trace kernel and
+the kernels of single logits are N x N, and are read off Theta's entries. The table has the effective rank
+(tr A)^2 / ||A||_F^2 and the entropy effective rank.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _columns(found: list[np.ndarray]) -> dict[str, Any]:
 
 
 def effective_ranks(kernel: np.ndarray) -> tuple[float, float, float]:
-    """Effective rank, entropy effective rank, and the share of the largest eigenvalue in the trace.
+    """Effective rank, entropy effective rank, and the largest eigenvalue's share of the trace.
 
     Raises:
         Unavailable: the kernel is zero and has no effective rank.

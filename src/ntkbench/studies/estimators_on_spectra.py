@@ -2,8 +2,8 @@
 
 J = U S V^T has random orthogonal U and V, and the square roots of given eigenvalues in S. It is stored as a matrix, so
 that a pass is a matrix product and the exact metrics are known. With n outputs and P parameters there are min(n, P)
-nonzero eigenvalues. For the alignment, J_f = 0.6 J + 0.8 J' with a J' drawn like J. Methods that need the separate
-gradients of samples are excluded.
+nonzero eigenvalues. For the alignment, J_f = 0.6 J + 0.8 J' with a J' drawn like J. Methods that need per-sample
+gradients are excluded.
 """
 
 from __future__ import annotations

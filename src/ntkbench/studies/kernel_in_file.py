@@ -1,4 +1,4 @@
-"""A kernel that is written to a file, larger than the memory it may use: killed on its way, and resumed.
+"""A kernel written to a file that is larger than the allowed memory: killed midway, and resumed.
 
 A first process writes the kernel until it is killed, and a second one resumes and finishes it. The blocks between the
 first and the last samples are then compared with the same kernel in memory.
@@ -49,8 +49,8 @@ def run(settings: Settings) -> pd.DataFrame:
     """One row for each problem.
 
     ``seconds`` is the time of both processes with their certificates, without imports, and ``resumed_seconds`` that of
-    the second one. ``memory_bytes`` is the larger increase of their resident memory, and ``allowed_bytes`` the value of
-    ``memory=``. ``kept`` is the number of ``parts`` that the second process found complete.
+    the second one. ``memory_bytes`` is the larger of their increases in resident memory, and ``allowed_bytes`` the
+    value of ``memory=``. ``kept`` is the number of ``parts`` that the second process found complete.
     """
     return base.table(
         base.row({"problem": label}, functools.partial(_measure, settings, label)) for label in settings.problems
@@ -84,7 +84,7 @@ def _measure(settings: Settings, label: str) -> dict[str, Any]:
 
 
 def _progress(file: Path) -> tuple[int, int]:
-    """Parts of a file that are complete, and all of them; none of one before it has any."""
+    """Number of complete parts of a file, and of all its parts; ``(0, 1)`` if none is noted yet."""
     try:
         noted = json.loads(file.with_name(f"{file.name}.progress").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -95,10 +95,10 @@ def _progress(file: Path) -> tuple[int, int]:
 def _written(
     settings: Settings, label: str, file: Path, killed_at: float | None = None
 ) -> tuple[float, int, float | None]:
-    """Write the file in a process of its own, which is killed at a share of its parts or runs to the end.
+    """Write the file in a separate process, which is killed at a share of its parts or runs to the end.
 
     Returns:
-        Seconds and resident bytes that writing took, and the difference from the kernel in memory.
+        Seconds and resident bytes that writing took, and the difference from the kernel in memory (``None`` if killed).
 
     Raises:
         NtkbenchError: the process failed, exceeded the limits, or finished before it could be killed.
@@ -121,7 +121,7 @@ def _written(
                     child.join()
                     return time.monotonic() - start, peak, None
             found = here.recv()
-        except (EOFError, psutil.NoSuchProcess):  # it was ended
+        except (EOFError, psutil.NoSuchProcess):  # it was killed
             pass
         child.join()
     if isinstance(found, list):

@@ -1,4 +1,4 @@
-"""The NTK of a small decoder-only transformer along its training: as a whole, by layer, and of its factors K and P.
+"""The NTK of a small decoder-only transformer along its training: the whole, its layers, and its factors K and P.
 
 Trace, norm, effective rank, and alignment with the kernel before training, at some steps of the problem's training
 recipe. Parts of the parameters are the embeddings, the attention and the perceptron of each block, each with its norm,
@@ -6,8 +6,8 @@ and the readout; their kernels add up to the whole. All kernels are estimated wi
 ratios to the first step have paired standard errors. A step takes one VJP per probe, and one JVP per probe and part.
 
 Theta without the parameters that have no factors is P K P* (see :mod:`ntkbench.methods.base.factors`). K, the
-representation, is exact and takes a forward pass. The metrics of P P*, the dynamics, are from as many other probes,
-with new ones at each step, and one pass each at both steps.
+representation, is exact and takes a forward pass. The metrics of P P*, the dynamics, come from as many separate probes,
+drawn anew at each step. Each takes one pass at this step and one at step 0.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Course:
     """One network along its training."""
 
     def __init__(self, settings: Settings) -> None:
-        """Take the quantities at initialisation; does not train yet.
+        """Record the quantities at initialisation; does not train yet.
 
         Raises:
             BadInput: the problem is not trained by Adam.

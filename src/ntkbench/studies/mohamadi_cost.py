@@ -1,7 +1,7 @@
 """Seconds for NTK and pNTK of ResNets against depth (Mohamadi et al. 2023, figure 1).
 
-For two images alone, and for all pairs of N images, on which the published ratios are based. Operations are estimated
-from those of a forward pass.
+Seconds are measured for two images alone, and for all pairs of N images, on which the published ratios are based.
+Operations are estimated from those of a forward pass.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _check(settings: Settings, method: Method, problem: Problem, flops: float) -
 
 
 def _problem(settings: Settings, depth: int, outputs: int, samples: int) -> tuple[Problem, float]:
-    """A ResNet on standard normal images, and floating-point operations of its forward pass of one image."""
+    """A ResNet on standard normal images, and the floating-point operations of its forward pass for one image."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

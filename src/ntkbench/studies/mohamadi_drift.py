@@ -1,7 +1,8 @@
-"""Kernels that stand for the NTK, along training: what the sum of logits forgets under cross-entropy.
+"""Kernels that approximate the NTK, along training: how cross-entropy and weight decay change the pNTK.
 
-The softmax's gradients sum to zero over logits, so gradient descent never moves the readout's sum 1^T V; weight decay
-shrinks it, and with it the part of the pNTK that comes from all layers but the last. Not in Mohamadi et al. 2023.
+The softmax's gradients sum to zero over logits, so gradient descent never moves the readout's sum 1^T V. Weight decay
+shrinks it, and with it the part of the pNTK that comes from all layers but the last. This experiment is not in Mohamadi
+et al. 2023.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class Case:
 
     @functools.cached_property
     def _meta(self) -> nn.Module:
-        """The network without memory for its weights."""
+        """The network on the meta device, without memory for its weights."""
         import torch
 
         with torch.device("meta"):

@@ -1,7 +1,7 @@
 """Seconds and memory of an NTK of a 10-layer ReLU network against width (Novak et al. 2022, figure 1, right).
 
 The memory of a program is known once it is compiled, whether or not it is run afterwards. A program that needs more
-than ``limits.memory_mb``, or more operations than ``limits.gigaflop``, is not run, and its row has its memory.
+than ``limits.memory_mb``, or more operations than ``limits.gigaflop``, is not run; its row still has its memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TIMED = True
 
 
 class Network(Strict):
-    """A ReLU network that is measured in addition.
+    """An additional ReLU network.
 
     Attributes:
         inputs, depth, width, outputs: inputs, hidden layers, units of each, and O.

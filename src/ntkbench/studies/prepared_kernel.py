@@ -1,8 +1,8 @@
-"""The cost of a kernel by the public API: first, later and prepared calls, in turn with the computation inside them.
+"""The cost of a kernel through the public API: first, later and prepared calls, in turn with the computation inside.
 
 A first call checks, copies and traces the network; a later call reuses the trace of an equal network; a prepared call
 is one of a :class:`ntkbench.Kernel`. All of them run the same engine. The alternatives are what a user would write
-instead: the contraction of per-sample Jacobians of torch.func's tutorial, and, for fully connected networks, products
+instead: the contraction of per-sample Jacobians from torch.func's tutorial, and, for fully connected networks, products
 of the layers' inputs, recorded by hooks, with the gradients of their outputs.
 """
 
@@ -38,7 +38,7 @@ RATIOS = {
     "first": ("textbook", "hooks"),
     "later": ("textbook", "hooks"),
 }
-"""The comparison for each kind of call."""
+"""The functions that each kind of call is compared with."""
 
 
 class Case(Strict):
@@ -85,7 +85,7 @@ def run(settings: Settings) -> pd.DataFrame:
 
 def _measure(settings: Settings, case: Case) -> dict[str, Any]:
     problem, target, rounds = problems.load(case.problem), settings.target(), case.calls or settings.calls
-    settings.limits.check_memory(2 * problem.n * problem.P * target.itemsize)  # the textbook writes J out
+    settings.limits.check_memory(2 * problem.n * problem.P * target.itemsize)  # the textbook function materialises J
     network, parameters, x = operators.torch_network(problem, "theta_0", target)
     ways = _ways(_with_values(network, parameters), x, target)
     # The first call of each is a warm-up, and gives its result.
@@ -141,7 +141,7 @@ def by_contraction(network: nn.Module, x: Tensor) -> Tensor:
 
 
 def by_hooks(network: nn.Module, x: Tensor) -> Tensor:
-    """Theta ``[n, n]`` of linear layers and elementwise functions: products of inputs and gradients taken by hooks."""
+    """Theta ``[n, n]`` of linear layers and elementwise functions: gradients times inputs recorded by hooks."""
     import torch
     from torch import nn
 

@@ -8,8 +8,8 @@ estimates. An N x N kernel A approximates Theta as A ⊗ I_O.
 
 Root-mean-square errors over seeds have 95 % intervals in columns ``_low`` and ``_high``. ``seconds`` are those of the
 norm, from weights to a number, and ``alignment_seconds`` those of the alignment. Bytes are those of the stored n k
-features, of the kernel, or of Kronecker factors. For methods with one value the biases of trace, norm and effective
-rank are relative to the exact values.
+features, of the kernel, or of Kronecker factors. For deterministic methods the biases of trace, norm and effective rank
+are relative to the exact values.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from ntkbench.studies import base
 
 TIMED = True
 PROJECTIONS = {"dense_jl": None, "sparse_jl": None, "grass": None, "kronecker_projection": 1}
-"""Replicates of each projection as published; ``None`` for as many as its estimates have."""
+"""Number of replicates of each projection as published; ``None`` for the method's own choice."""
 SKETCH = "count_sketch"
 ESTIMATORS = ("gram_forward", "structured_block_u_statistics", "sample_subset")
 FIXED = ("structured_sum_of_logits", "trace_kernel", "kfac", "kfoc", "structured_derivatives", "jacobian_contraction")
-"""Methods with one value, approximate and exact."""
+"""Deterministic methods, approximate and exact."""
 KERNELS = {"structured_sum_of_logits": "sum_of_logits", "trace_kernel": "trace"}
 """Approximations by a kernel between samples, and its name in the layerwise engine."""
 ALL = (*PROJECTIONS, SKETCH, *ESTIMATORS, *FIXED)
@@ -196,11 +196,11 @@ def _errors(exact: Truth, found: list[tuple[np.ndarray, np.ndarray]]) -> dict[st
 
 
 def _check(settings: Settings, problem: Problem, name: str, budget: int | None = None) -> None:
-    """Check that a method applies, and that what it holds at a budget of the alignment is within the limits.
+    """Check that a method applies to the alignment, and that its memory at a budget is within the limits.
 
     Raises:
         Unavailable: it does not apply.
-        OverMemory: it holds too much.
+        OverMemory: it needs too much memory.
     """
     method = methods.get(name)
     if why := method.unsupported_reason(problem, "alignment", settings.target()):

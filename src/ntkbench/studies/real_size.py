@@ -1,6 +1,6 @@
 """The cost of one call on networks of real size: seconds, passes, memory, and the resulting interval.
 
-A row is a first call with ``method="auto"`` and a tolerance, on a problem that is loaded: trace, certificate, estimate.
+A row is one first call with ``method="auto"`` and a tolerance, on a loaded problem: tracing, certificate and estimate.
 Exact values of these networks are not available, so errors are those that the estimates state.
 """
 
@@ -28,9 +28,9 @@ class Case(Strict):
     """A call.
 
     Attributes:
-        problem, metric: what is asked for.
-        rtol: to which relative tolerance.
-        most_seconds, most_bytes: limits of a goal that this call should reach, if there is one.
+        problem, metric: label of the problem, and the metric.
+        rtol: relative tolerance.
+        most_seconds, most_bytes: limits of the call's goal, if it has one.
     """
 
     problem: ProblemLabel
@@ -69,11 +69,11 @@ class Settings(base.Settings):
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each case.
 
-    ``seconds`` and ``memory_bytes`` are those of one call; memory is its increase of the process's peak.
-    ``allowed_bytes`` is the value of ``memory=``, and ``weights_bytes`` the size of the parameters, at both sets of
-    weights for an alignment; ``within_allowed`` tells whether the memory is no more than both together. ``goal_met``
-    tells whether a case with a goal states its tolerance within the limits of time and memory. ``low`` and ``high`` are
-    the ends of the 95 % interval.
+    ``seconds`` and ``memory_bytes`` are those of one call; memory is the peak resident memory minus that before the
+    call, or on a GPU the peak of all allocations so far. ``allowed_bytes`` is the value of ``memory=``, and
+    ``weights_bytes`` the size of the parameters, at both sets of weights for an alignment; ``within_allowed`` tells
+    whether the memory is at most their sum. ``goal_met`` tells whether a case with a goal reaches its tolerance within
+    the limits of time and memory. ``low`` and ``high`` are the ends of the 95 % interval.
     """
     return base.table(
         base.row(case.model_dump(), functools.partial(_measure, settings, case)) for case in settings.cases
@@ -119,7 +119,7 @@ def _measure(settings: Settings, case: Case) -> dict[str, Any]:
 
 
 def _meets(case: Case, width: float, seconds: float, memory: int | None) -> bool | None:
-    """Whether a goal is met; ``None`` without one, or if the memory is not known."""
+    """Whether the goal is met; ``None`` if there is none, or if the memory is not known."""
     if case.most_seconds is None or case.most_bytes is None or memory is None:
         return None
     return width <= case.rtol and seconds <= case.most_seconds and memory <= case.most_bytes

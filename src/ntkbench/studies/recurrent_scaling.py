@@ -152,7 +152,7 @@ class Point:
         return method.estimate(self._prepared(), metric, passes)
 
     def columns(self) -> dict[str, Any]:
-        """Columns of the first call; its seconds hold until all sizes have taken turns."""
+        """Columns of the first call; ``seconds`` is replaced once all sizes have been timed in turn."""
         problem, target = self._problem(), self._settings.target()
         method, metric = methods.get(self._name), METRICS[self._name]
         if reason := method.unsupported_reason(problem, metric, target):

@@ -1,4 +1,4 @@
-"""Two computations of the same quantity in turn: the ratio of their seconds, even if the machine slows down.
+"""Two computations of the same quantity, timed in turn: a ratio of seconds robust to slowdowns of the machine.
 
 A ratio of seconds measured minutes apart depends on the machine as much as on the methods. Here subject and rival take
 turns, and the ratio is the median over pairs of neighbouring calls. Peak memory is measured in separate processes.
@@ -42,8 +42,8 @@ class Comparison(Strict):
         subject: a method or computation.
         calls: calls of each, in place of the study's.
         metric: the metric that methods compute; the norm uses all of Theta.
-        share: share of the rows of J that ``naive_jacobian`` is timed for, as a rival in a trace; its seconds are
-            divided by it.
+        share: share of the rows of J that ``naive_jacobian`` is timed for, as the rival in a trace; its seconds are
+            divided by this share.
     """
 
     problem: ProblemLabel
@@ -138,7 +138,7 @@ class Settings(base.Settings):
 
 
 def run(settings: Settings) -> pd.DataFrame:
-    """One row for each subject and rival: seconds, the ratio with its quartiles, memory, and how values differ."""
+    """One row for each subject and rival: seconds, the ratio with its quartiles, memory, and how much values differ."""
     return base.table(row for comparison in settings.comparisons for row in _rows(settings, comparison))
 
 

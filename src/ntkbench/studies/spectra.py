@@ -1,11 +1,11 @@
-"""Spectral quantities by products against passes, and the decomposition of all of Theta.
+"""Spectral quantities from products with Theta, against passes, and from the decomposition of all of Theta.
 
 Quantities are the largest eigenvalue, the ``top`` largest eigenvalues (with the largest error among them), the
 condition number of Theta + ridge, the entropy effective rank, log det(I + Theta / ridge) and the spectral density.
 Errors are relative to float64 values. The error of the density is the Wasserstein-1 distance between distributions of
 log10(lambda + ridge): the mean error of eigenvalues in decades. The ridge is a share of the exact largest eigenvalue.
 
-``spectrum`` is the method of :func:`ntkbench.spectrum` if Theta does not fit; ``block_lanczos`` and
+``spectrum`` is the method of :func:`ntkbench.spectrum` if Theta does not fit in memory; ``block_lanczos`` and
 ``stochastic_lanczos`` are its two parts alone, each with all passes. ARPACK and LOBPCG (SciPy) take the same products;
 matfree's Lanczos takes those of JAX.
 """
@@ -143,7 +143,7 @@ class Truth:
         return Answer(error, float(low <= exact <= high), stated if math.isfinite(stated) else None)
 
     def largest_ones(self, values: np.ndarray, off: np.ndarray | None = None) -> dict[str, Answer]:
-        """The largest eigenvalue and the ``top`` largest; the statement is that an eigenvalue lies within ``off``."""
+        """The largest eigenvalue and the ``top`` largest; each states that an eigenvalue lies within ``off``."""
         exact = self.values[::-1][: self.top]
         wrong = abs(values / exact - 1)
         if off is None:
@@ -158,8 +158,8 @@ class Truth:
     def condition(self, top: float, off: float, smallest: float, between: tuple[float, float]) -> Answer:
         """The condition number of Theta + ridge, with the bounds that follow from those of both eigenvalues.
 
-        There is no upper end if the smallest eigenvalue has no lower bound, as with all methods by products: an
-        eigenvalue may then be larger than ``top + off``.
+        There is no upper end if the smallest eigenvalue has no lower bound. That is so for all methods by products,
+        where an eigenvalue may also be larger than ``top + off``.
         """
         low = (max(top - off, 0.0) + self.ridge) / (between[1] + self.ridge)
         high = (top + off + self.ridge) / (between[0] + self.ridge) if between[0] > 0 else math.inf

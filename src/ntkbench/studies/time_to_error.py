@@ -1,12 +1,12 @@
-"""Seconds to a given error: each method on each backend at the smallest budget that reaches it, all in turn.
+"""Seconds to a given error: each method on each backend at the smallest budget that reaches it, timed in turn.
 
 The smallest budget is where the law of :mod:`ntkbench.measure.laws`, fitted to the errors at all budgets that were
 tried, reaches the goal. Errors are relative to the exact value (or to its substitute in :class:`Goal`). The budget
 counts if fresh seeds do not contradict it: a two-sided sign test at 95 % finds the median neither above the goal nor
-below it. No method therefore benefits from a lucky budget, or is charged for one that is larger than necessary. A
-method's other backends take the budget of its first one, if their own errors do not contradict it. Deterministic
-methods take part if their own error is within the goal. A method that does not reach the goal with the largest budget,
-or takes too long, is a row with its reason.
+below it. So no method benefits from a lucky budget, or pays for one that is larger than necessary. A method's other
+backends take the budget of its first one, if their own errors do not contradict it. Deterministic methods take part if
+their error is within the goal. A method that does not reach the goal with the largest budget, or takes too long, gets a
+row with the reason.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from ntkbench.units import counted
 TIMED = True
 PLUGINS = (*base.methods_and_problems(), *base.JAX)
 TOO_LONG = 5
-"""Multiple of a goal's patience after which a method is given up."""
+"""Multiple of a goal's patience after which a method is abandoned."""
 LOOK = 10
 """Estimates between two checks of whether a budget can still be close to the smallest one."""
 HOPELESS = 1e-3
-"""Probability of the count of errors on one side, if the median were the goal, below which no more are drawn."""
+"""P-value of the one-sided sign test (median equal to the goal) below which no more errors are drawn."""
 CONTRADICTED = 0.025
-"""The same probability, to either side, below which fresh seeds contradict a budget."""
+"""P-value of the same test, on either side, below which fresh seeds contradict a budget."""
 ROUNDS = 6
-"""Number of budgets tested with fresh seeds before a method is given up."""
+"""Number of budgets tested with fresh seeds before a method is abandoned."""
 REFERENCE, REFERENCE_PASSES, REFERENCE_SEED = "group_u_statistics", 2**15, 2**31
 """The method whose estimates replace exact values, its largest budget, and a seed that no other method uses."""
 NARROWER = 3
-"""Factor by which the interval of such an estimate is narrower than the goal, to either side."""
+"""Factor by which such an estimate's interval, to either side, must be narrower than the goal."""
 
 
 class Goal(Strict):
@@ -62,7 +62,7 @@ class Goal(Strict):
         exact: whether the exact value is available.
         patience_s: seconds of one estimate, in place of ``limits.patience_s``. A method that takes longer is not tried
             with a larger budget, and does not take part; one that takes five times as long at its first calls with a
-            budget is given up at once.
+            budget is abandoned at once.
     """
 
     problem: ProblemLabel
@@ -110,9 +110,9 @@ def run(settings: Settings) -> pd.DataFrame:
     """One row for each goal, method that gives its metric, and backend.
 
     ``passes_low`` and ``passes_high`` are the ends of the 95 % band of ``passes``, from ``law_seeds`` estimates;
-    ``error`` is that of ``seeds`` fresh estimates. ``ratio`` is to the seconds of the fastest published method, the
-    ``rival``, in the same round: its quartiles are over calls, and ``ratio_low`` to ``ratio_high`` is a 95 % interval
-    over calls and over both budgets' bands, as if seconds were proportional to passes there.
+    ``error`` is that of ``seeds`` fresh estimates. ``ratio`` is the ratio of seconds to those of the fastest published
+    method, the ``rival``, in the same round. Its quartiles are over calls; ``ratio_low`` to ``ratio_high`` is a 95 %
+    interval over calls and both budgets' bands, in which seconds are taken as proportional to passes.
     """
     return base.table(row for goal in settings.goals for row in _rows(settings, goal))
 
@@ -299,7 +299,7 @@ class Entrant:
                     continue
             self._check_patience(found, passes)
             reached, low, high, *_ = self._law(points).reached(self._goal.error)
-            if math.isnan(reached):  # by all errors together, no budget is enough so far
+            if math.isnan(reached):  # according to all errors together, no budget is enough yet
                 continue
             behind = sum(len(each.errors) for _, each in points)
             band = {"passes_low": min(low, passes), "passes_high": max(high, passes), "law_seeds": behind}
@@ -307,10 +307,10 @@ class Entrant:
         raise Unavailable(f"fresh seeds confirmed none of {ROUNDS} budgets, {passes} passes the last one")
 
     def _around(self, passes: int, least: int) -> list[tuple[int, Reruns]]:
-        """Errors with insufficient budgets, and with twice the first sufficient one.
+        """Errors at insufficient budgets, and at twice the first sufficient one.
 
-        Errors with the first sufficient budget are left out, unless it is the smallest of all: it was chosen by them,
-        and they may be low by luck.
+        Errors at the first sufficient budget are left out, since they selected it and may be low by luck; unless it is
+        the smallest budget of all, which they did not select.
         """
         points: list[tuple[int, Reruns]] = []
         while True:

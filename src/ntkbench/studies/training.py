@@ -1,4 +1,4 @@
-"""The NTK of a recurrent network along training, from rich and from lazy initialisations, and of its factors K and P.
+"""The NTK of a recurrent network and its factors K and P along training, from rich and from lazy initialisations.
 
 At log-spaced steps: trace, norm, effective rank, and alignment with the first step, of Theta = P K P*, of K (the
 representation) and of P P* (the dynamics). Theta and P P* are estimated with the same probes at all steps, so that

@@ -8,10 +8,10 @@ between samples independently, and the module derives the variances. For the tra
     pooled       K = 2 (1 / (rank (1 - share)) - 1 / O) / (N eps^2)
 
 passes are needed, so that an exact method takes fewer if N O rank (pooled: N O rank (1 - share)) is below 2 / eps^2:
-200 at 10 %, 20,000 at 1 %, 2,000,000 at 0.1 %. The cross-sample terms cost a pooled estimate additional passes, and a
+200 at 10 %, 20,000 at 1 %, 2,000,000 at 0.1 %. Cross-sample terms cost a pooled estimate additional passes, and a
 per-sample one none. The norm takes pairs of probes, and follows the same law up to factors of order one.
 
-Exact and per-sample methods run on the same engine, which works layer by layer; pooled ones by products with J^T.
+Exact and per-sample methods run on the same layerwise engine; pooled methods use products with J^T.
 XNysTrace represents deflating estimators, whose error depends on the whole spectrum of Theta and has no such law.
 """
 

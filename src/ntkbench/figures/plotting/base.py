@@ -1,4 +1,4 @@
-"""Code shared by all figures: the table that they get, the drawing that they return, style and caption."""
+"""Code shared by all figures: their table, the drawing that they return, style and caption."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def settings_line(table: pd.DataFrame) -> str:
 
 
 def _code(table: pd.DataFrame) -> str:
-    """Short git shas, each with a mark where the working tree had uncommitted changes."""
+    """Short git shas, each marked if the working tree had uncommitted changes."""
     pairs = {
         (sha[:10], dirty.strip().lower() in {"true", "1", "1.0", "yes"})
         for sha, dirty in zip(table["git_sha"], table["git_dirty"], strict=True)
@@ -165,7 +165,7 @@ def _code(table: pd.DataFrame) -> str:
 
 
 def caption(name: str, drawing: Drawing, table: pd.DataFrame, study: str | None = None) -> str:
-    """The text beside a figure: its caption, its title, a line for each claim, and the settings of the table behind it.
+    """The text beside a figure: its caption, its title, a line for each claim, and the settings of its table.
 
     The table is the results table, or that of a study.
     """

@@ -89,7 +89,7 @@ def sheet(
 
 
 def _lines(title: str) -> list[str]:
-    """A sheet's title, in as few lines of about the same length as fit."""
+    """A sheet's title, in the fewest lines of similar length that fit."""
     for count in range(1, 5):
         lines = textwrap.wrap(title, math.ceil(len(title) / count) + 6 * (count > 1)) if title.strip() else [""]
         if text_width(lines, **TITLE) <= WIDTH - 2 * MARGIN:
@@ -116,7 +116,7 @@ def limits(values: Iterable[float], pad: float = 1.6, ratio: float = 40.0) -> tu
 
 
 def decades(axis: Any, low: float, high: float, most: int = 6) -> None:
-    """Ticks at powers of ten, at most ``most``, including the lowest; finer ones if there are fewer than two."""
+    """At most ``most`` ticks at powers of ten, including the lowest; finer ticks if there are fewer than two."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     step = max(1, math.ceil((last - first + 1) / most))
     ticks = [10.0**k for k in range(first, last + 1, step)]
@@ -141,7 +141,7 @@ def label_ends(panel: Axes, ends: Iterable[tuple[float, float, str, str]]) -> No
 
 
 def compress(panel: Axes, knee: float) -> None:
-    """Log y axis with decades below ``knee`` squeezed, on grey: slopes there do not compare with those above."""
+    """Log y axis with decades below ``knee`` squeezed, on grey, since slopes there do not compare with those above."""
     bottom, share = math.log10(knee), 0.25
 
     def squeezed(y: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Claims of the papers as data: what a source says, what was measured here, and a verdict by the numbers alone.
+"""Claims of the papers as data: the statement, the measurement here, and a verdict by the numbers alone.
 
-A figure returns its claims in :class:`ntkbench.figures.plotting.base.Drawing`. They give the sentences of captions, the
-rows of ``claims.csv``, the table of the report and the figure of all claims.
+A figure returns its claims in :class:`ntkbench.figures.plotting.base.Drawing`. They appear in captions, ``claims.csv``,
+the table of the report and the figure of all claims.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Claim:
 
         A number is reproduced if the whole interval is within the factor of it, and not reproduced if none of it is.
         A claim that a value is above or below a number is reproduced if the whole interval is, and not reproduced if
-        none of it is. Otherwise it is partly reproduced: in some cases, or the runs do not decide. An unknown end
+        none of it is. Otherwise it is partly reproduced: in some cases only, or the runs do not decide. An unknown end
         bounds nothing. Without a published number, a value or any end of its interval, the claim is not addressed.
         """
         value, low, high = self.ratio if self.relation == ABOUT else self.measured
@@ -240,7 +240,7 @@ def readable(made: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def _measured(interval: Sequence[float], unit: str, spread: str, runs: int, of: str) -> str:
-    """``12 times (11 to ?; 95 % interval, 5 seeds)``."""
+    """A value in words: ``12 times (11 to ?; 95 % interval, 5 seeds)``."""
     value, *ends = (labels.rounded(number, 3) if math.isfinite(number) else "?" for number in interval)
     counted = f"{runs} {of.removesuffix('s') if runs == 1 else of}"
     return f"{value}{f' {unit}' if unit else ''} ({' to '.join(ends)}; {spread}, {counted})"
@@ -271,7 +271,7 @@ def ranged(values: Iterable[float]) -> Interval:
 
 
 def quotient(above: pd.Series, below: pd.Series) -> Interval:
-    """Seconds of one row over those of another, between the quotients of their opposite quartiles."""
+    """Seconds of one row over those of another; the ends are the quotients of opposite quartiles."""
     low, high = above["seconds_q25"] / below["seconds_q75"], above["seconds_q75"] / below["seconds_q25"]
     return float(above["seconds"] / below["seconds"]), float(low), float(high)
 
@@ -287,11 +287,11 @@ def exponent(slope: float, half: float) -> Interval:
 
 
 def shared_probes(points: pd.DataFrame, hutchpp: str) -> tuple[Claim, ...]:
-    """Shared probes against three Hutch++ traces for the alignment, at the largest number of passes of both.
+    """Shared probes against three Hutch++ traces for the alignment, at the most passes that both have.
 
     Args:
         points: measured rows of one problem.
-        hutchpp: the method whose traces these are.
+        hutchpp: the method of the traces.
     """
     rows = points[points["metric"] == "alignment"]
     both = [rows[rows["method"] == name] for name in (SHARED, hutchpp)]

@@ -1,4 +1,4 @@
-"""The report of a comparison of methods on one network: one self-contained page of HTML."""
+"""The report of a comparison of methods on one network: a self-contained page of HTML."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ntkbench.units import counted, percent_label, seconds_label
 TEMPLATE = report.TEMPLATE.with_name("comparison.html")
 COLOURS = {"exact": styles.BLUE, "approximate": styles.GREEN, "stochastic": styles.VERMILION}
 LEAST = 1e-8
-"""Smaller errors are drawn here; those of exact values are 0 or rounding."""
+"""Smaller errors are drawn at this value; those of exact methods are 0 or rounding."""
 DPI = 150
 COLUMNS = ("Method", "Kind", "Value", "95 % interval", "Passes", "Seconds (quartiles)", "Calls", "Error", "Reason")
 

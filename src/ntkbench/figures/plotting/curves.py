@@ -1,4 +1,4 @@
-"""Lines over one quantity, as the figures of studies draw them."""
+"""Lines against one quantity, as the figures of studies draw them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def looks(table: pd.DataFrame) -> dict[str, styles.Look]:
 
 
 def entries(chosen: Iterable[styles.Look]) -> list[tuple[Any, str]]:
-    """The key's part on methods."""
+    """Key entries of methods."""
     return [(Line2D([], [], **look.line(_backend(look))), look.title) for look in chosen]
 
 
@@ -43,7 +43,7 @@ def _backend(look: styles.Look) -> str:
 def line(panel: Axes, rows: pd.DataFrame, x: str, y: str, look: styles.Look, **changes: Any) -> None:
     """One method: a line with markers, and the quartiles of ``y`` as a band where the table has them."""
     rows = rows[rows[[x, y]].notna().all(axis=1)]
-    rows = rows.sort_values("m" if "m" in rows else x)  # by the chosen size if x was measured
+    rows = rows.sort_values("m" if "m" in rows else x)  # by the chosen size, since x may be measured
     panel.plot(rows[x], rows[y], **(style(look) | changes), zorder=3)
     low, high = f"{y}_q25", f"{y}_q75"
     if low in rows and len(rows) > 1:

@@ -16,7 +16,7 @@ from ntkbench.measure.outcomes import Outcome
 from ntkbench.paths import write_atomically
 
 METADATA = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
-"""Metadata that differ between runs or versions, left out."""
+"""Metadata that differ between runs or versions are left out."""
 
 
 def read(table: Path) -> pd.DataFrame:
@@ -63,10 +63,10 @@ def claimed(name: str, figure: ModuleType, table: pd.DataFrame) -> list[dict[str
 def write_claims(
     rows: Sequence[Mapping[str, Any]] | pd.DataFrame, folder: Path, forms: Sequence[str] = ("txt", *METADATA)
 ) -> None:
-    """Write ``claims.csv`` with the claims of a set of figures, its caption and picture; or remove older files.
+    """Write ``claims.csv`` with the claims of a set of figures, its caption and pictures.
 
     Args:
-        rows: rows of the claims; if there are none, nothing is written.
+        rows: rows of the claims; if there are none, nothing is written, and older files are removed.
         folder: folder of the figures.
         forms: endings of the files beside the table.
     """

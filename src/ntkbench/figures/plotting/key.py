@@ -23,7 +23,7 @@ _BLANK = Line2D([], [], linestyle="")
 
 
 def method_entries(looks: Iterable[Look], backends: dict[str, list[str]]) -> Key:
-    """The key's part on methods, by kind: drawn as for PyTorch, or as for the one backend that a method has."""
+    """Key entries of methods, by kind: drawn as for PyTorch, or for the first backend of methods without PyTorch."""
     kinds: dict[str, list[Entry]] = {}
     for look in looks:
         style = look.line("torch" if "torch" in backends[look.method] else backends[look.method][0])
@@ -34,7 +34,7 @@ def method_entries(looks: Iterable[Look], backends: dict[str, list[str]]) -> Key
 
 
 def backend_entries(backends: Iterable[str], linestyle: bool = True) -> list[Entry]:
-    """The key's part on backends."""
+    """Key entries of backends."""
     sample = Look("", "", "", GREY, "o")
     entries = []
     for backend in backends:
@@ -67,7 +67,7 @@ def legend(figure: Figure, key: Key, room: float) -> Legend:
 
 
 def _flow(chunks: list[list[Entry]], columns: int) -> list[Entry]:
-    """Chunks in at most ``columns`` columns, of the smallest height that holds them in order; filled up with blanks."""
+    """Chunks in at most ``columns`` columns of the smallest height that holds them in order, padded with blanks."""
     height = max(len(chunk) for chunk in chunks)
     while True:
         made: list[list[Entry]] = [[]]

@@ -21,7 +21,7 @@ GROUPS = {
     "novak": "Novak, Sohl-Dickstein, Schoenholz: fast finite-width kernels",
     "along": "Along training",
 }
-"""First words of figures' names, in the order of the report; the others come first."""
+"""Groups of figures by the first word of their names, in the order of the report; the others come first."""
 OWN = "The comparison"
 ACRONYMS = {"mlp", "gru", "rnn", "lstm", "cnn", "mnist", "ntk"}
 NOT_DRAWN = "Could not be drawn"
@@ -51,7 +51,7 @@ def name_label(name: str) -> str:
 
 
 def families(names: Iterable[str]) -> dict[str, str]:
-    """Readable names of problems, with the sizes only of those whose family has several."""
+    """Readable names of problems; sizes are given only where a family has several problems."""
     found = list(dict.fromkeys(names))
     families = [name.partition("[")[0] for name in found]
     return {
@@ -61,7 +61,7 @@ def families(names: Iterable[str]) -> dict[str, str]:
 
 
 def case_label(name: str, *details: str, by: str = ", ") -> str:
-    """A problem or family with the setting, if settings differ, and other details that distinguish panels."""
+    """A problem or family with its setting, if settings differ, and other details that distinguish panels."""
     return by.join(part for part in (name_label(name), *map(plain, details)) if part)
 
 
@@ -81,7 +81,7 @@ def short(text: str, most: int = 60) -> str:
 
 
 def power_label(value: float, between: tuple[int, int] | None = None) -> str:
-    """A tick as a power of ten; as a plain number if it is none, or if its power lies strictly between those given."""
+    """A tick as a power of ten; a plain number if it is not one, or if its power lies strictly between those given."""
     power = round(math.log10(value))
     if not math.isclose(value, 10.0**power) or (between and between[0] < power < between[1]):
         return f"{value:g}"
@@ -89,7 +89,7 @@ def power_label(value: float, between: tuple[int, int] | None = None) -> str:
 
 
 def sizes_label(rows: pd.DataFrame, *columns: str) -> str:
-    """Sizes in a title: ``n = 640,  P = 85 k``; from the smallest to the largest where they differ."""
+    """Sizes in a title: ``n = 640,  P = 85 k``; a range where they differ."""
     return ",  ".join(f"{column} = {range_label(rows[column])}" for column in columns)
 
 
@@ -105,7 +105,7 @@ def count_label(count: float) -> str:
 
 
 def rounded(value: float, digits: int = 2) -> str:
-    """A number in a sentence, to ``digits`` digits, and not as a power of ten below a million: 8800, 0.0043."""
+    """A number in a sentence, to ``digits`` digits; no power of ten from 0.0001 to a million: 8800, 0.0043."""
     return f"{float(f'{value:.{digits}g}'):g}"
 
 
@@ -127,7 +127,7 @@ def range_label(counts: pd.Series) -> str:
 
 
 def span(values: Iterable[float]) -> str:
-    """The smallest and the largest of some numbers in a sentence: ``2.7 to 23``; one of them if they read alike."""
+    """The range of some numbers in a sentence: ``2.7 to 23``; one number if both ends round to the same."""
     values = list(values)
     return " to ".join(dict.fromkeys((rounded(min(values)), rounded(max(values)))))
 

@@ -1,4 +1,4 @@
-"""Code shared by the figures of kernels between samples that approximate the NTK: quantities, looks and words."""
+"""Code shared by the figures of kernels between samples that approximate the NTK: quantities, looks and labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUANTITIES = {
 COLUMNS = ("family", "width", "init", "step", "train", "test", "kernel", "title", "P", *QUANTITIES)
 PNTK = "sum_of_logits"
 METHODS = {"trace": "trace_kernel"}
-"""Methods, which have the looks, of kernels with another name."""
+"""Methods of the kernels whose names differ from the method's; looks are by method."""
 DATA = {"digits": "scikit-learn's digits", "cifar10": "a part of CIFAR-10 (JPEG copies)"}
 FAMILIES = {"fc": "fully connected", "conv": "ConvNet", "resnet18": "ResNet18", "wide_resnet": "WideResNet"}
 
@@ -98,7 +98,7 @@ def slope(points: pd.DataFrame, kernel: str) -> tuple[float, float]:
 
 
 def data(points: pd.DataFrame) -> str:
-    """The images that networks are trained on; older tables have digits, and do not say so."""
+    """The images that networks are trained on; older tables lack the column, and have digits."""
     names = points["data"].unique() if "data" in points else ["digits"]
     return " and ".join(DATA.get(name, labels.name_label(name)) for name in names)
 

@@ -12,11 +12,11 @@ from ntkbench import metrics
 from ntkbench.figures.plotting import base, labels
 
 ERROR, WARNING, NOTE, PASSED = SEVERITIES = ("error", "warning", "note", "passed")
-"""The worst first."""
+"""Severities, the worst first."""
 OFF = {"float32": 1e-3, "float64": 1e-8}
 """Relative error above which an exact method disagrees with the reference, far above rounding, by precision."""
 DISTINCT = 10
-"""Two references whose relative difference exceeds this many times that error are always told apart."""
+"""References whose relative difference exceeds this many times the largest of these errors count as distinct."""
 CONFIDENCE = 0.95
 """Nominal coverage of the tested intervals."""
 UNLIKELY = 0.01
@@ -26,9 +26,9 @@ NOISY = 0.5
 FEWEST = 3
 """Minimum number of timed calls for meaningful quartiles."""
 SHUFFLED = 8, 4, 64
-"""Samples, outputs and parameters of the kernel of the control."""
+"""Samples, outputs and parameters of the control's kernel."""
 ROUNDING = 1e-5
-"""Median error below which an estimate is exact to rounding, so that its intervals may all hold."""
+"""Median error below which an estimate is exact to rounding, so that all of its intervals may hold."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def _control(table: pd.DataFrame) -> Check:
 
 
 def _shuffled(table: pd.DataFrame) -> Check:
-    """The same check on a kernel that is known, in float32, and on it with its samples shuffled on one side.
+    """The same check on a known kernel in float32, and on that kernel with its samples shuffled on one side.
 
-    The norm is the same for both, so that it does not show a kernel of shuffled samples.
+    Shuffling does not change the norm, so the norm cannot detect it.
     """
     title = "Control: an exact kernel and a shuffled one"
     there = [name for name in base.metrics_in(table) if name in metrics.METRICS]

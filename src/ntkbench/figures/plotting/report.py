@@ -1,7 +1,7 @@
-"""The report of a run: one self-contained page of HTML, from the answer to the provenance of its numbers.
+"""The report of a run: a self-contained page of HTML, from the answer to the provenance of its numbers.
 
 In this order: which method to use, the reproduction of the papers, the signature figures with their captions, all cells
-of the grid, checks of the tables, provenance, and the other figures. Figures that failed are marked.
+of the grid, checks of the tables, provenance, and the other figures. Figures that could not be drawn are marked.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ CALLS = {
         "": "ntkbench.{}(f, x, params=params, {})",
     },
 }
-"""A call of the API by backend, and by metric where it has arguments of its own."""
+"""Calls of the API by backend, and by metric where it takes its own arguments."""
 OF_SPECTRUM = {
     "largest_eigenvalue": "largest",
     "condition_number": "condition_number",
@@ -71,7 +71,7 @@ def page(
     figures: str | None = "figures",
     folder: Path | None = None,
 ) -> str:
-    """The page.
+    """The page of a run, as HTML.
 
     Args:
         pictures: PNG files, each with its caption beside it as ``.txt``; that of all claims is ``claims.png``, with
@@ -134,7 +134,7 @@ def _below(file: Path, folder: Path | None) -> str:
 
 
 def _table_name(file: Path) -> str:
-    """``default: study novak flops``, with the name of the folder of results."""
+    """A table's name, after that of its folder of results: ``default: study novak flops``."""
     if file.name == "table.csv":
         return f"{file.resolve().parent.name}: cells of the grid"
     results = file.resolve().parent.parent if file.parent.name == "studies" else file.resolve().parent
@@ -157,9 +157,9 @@ def answer(table: pd.DataFrame) -> list[dict[str, Any]]:
         table: what :func:`ntkbench.figures.plotting.base.checked` gives.
 
     Returns:
-        For each metric its name and rows; a row has the problem, its sizes, and a cell for each tolerance, with the
-        ``best`` methods, that in PyTorch first, and what is missing: ``hole``, empty if there is one in PyTorch. A
-        cell also holds for the ``span - 1`` cells after it, whose span is 0.
+        For each metric, its name and rows. A row has the problem, its sizes, and a cell for each tolerance. A cell has
+        the ``best`` methods, that in PyTorch first, and ``hole``, why PyTorch has none, empty if it has one. A cell
+        also stands for the ``span - 1`` cells after it, whose span is 0.
     """
     table = table[table["kind"] != "approximate"]
     order = [*BACKENDS, *sorted(set(table["backend"]) - {*BACKENDS})]
@@ -191,7 +191,7 @@ def answer(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _cell(won: pd.DataFrame, cells_of: pd.DataFrame, tolerance: str) -> dict[str, Any]:
-    """The fastest method of each backend within a tolerance, and why there is none in any backend, or in PyTorch."""
+    """The fastest method of each backend within a tolerance, and why there is none at all or none in PyTorch."""
     if not len(won):
         return {"best": [], "hole": _hole(cells_of, tolerance)}
     own = cells_of[cells_of["backend"] == BACKENDS[0]]
@@ -200,7 +200,7 @@ def _cell(won: pd.DataFrame, cells_of: pd.DataFrame, tolerance: str) -> dict[str
 
 
 def _spanned(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cells of a row with their spans: neighbours with the same calls share the first, of the loosest tolerance."""
+    """The cells of a row with their spans: neighbours with the same calls share the first, at the loosest tolerance."""
     made: list[dict[str, Any]] = []
     first: dict[str, Any] = {}
     for cell in found:
@@ -218,7 +218,7 @@ def _calls(cell: dict[str, Any]) -> tuple[object, ...]:
 
 
 def _hole(cells_of: pd.DataFrame, tolerance: str) -> str:
-    """Why there is no answer; where no exact method was measured, the tolerance may well be within reach."""
+    """Why there is no answer; if no exact method was measured, the tolerance may well be within reach."""
     done = cells_of[cells_of["status"] == "ok"]
     if not len(done):
         return "not measured"
@@ -291,7 +291,7 @@ def _call(winner: pd.Series) -> str:
 
 
 def cells(table: pd.DataFrame) -> list[list[dict[str, str]]]:
-    """All cells of the grid: for each column what is shown, and what it is sorted by."""
+    """All cells of the grid: the shown text and the sort key of each column."""
     rows = []
     for row in table.to_dict("records"):
         shown = []
@@ -337,7 +337,7 @@ def _figure(picture: Path, figures: str | None) -> dict[str, Any]:
     titles = [line.removeprefix(labels.TITLE) for line in lines if line.startswith(labels.TITLE)]
     said = [line for line in lines if line.startswith(labels.CLAIM)]
     with Image.open(picture) as image:
-        width, height = image.size  # so that links arrive where they should while pictures load
+        width, height = image.size  # so that link targets do not move while pictures load
         embedded = io.BytesIO()
         image.convert("RGB").save(embedded, **PICTURE)
     stem, ends = picture.stem, {} if figures is None else {"CSV": "csv", "PDF": "pdf", "PNG": "png"}

@@ -17,7 +17,7 @@ MARK: dict[str, Any] = {
     "linestyle": (0, (1, 1.2)),
     "linewidth": 1.0,
 }
-"""Style of published values: crosses on a dotted line, in the colour of the measured values that they belong to."""
+"""Style of published values: crosses on a dotted line, in the colour of the corresponding measured values."""
 
 HAZELDEN = {
     "hutchpp_paper": "hutch++",

@@ -44,7 +44,7 @@ KNOWN = {
     "count_sketch": (VERMILION, "H"),
     "kfac": (BLUE, "*"),
     "kfoc": (PINK, "*"),
-    # Estimators: a family shares a hue, "<" works by VJPs and ">" by JVPs, and the paper's variants are the pale ones.
+    # Estimators: a family shares a hue, "<" is by VJPs and ">" by JVPs, and the paper's variants are pale.
     "hutchinson": (ORANGE, "o"),
     "shared_probe_alignment": (PINK, "p"),
     "hutchpp": (BLUE, "D"),

@@ -1,4 +1,4 @@
-"""From the tidy table to tasks, a metric of a problem within a tolerance, and the times that solve them."""
+"""Tasks, each a metric of a problem within a tolerance, and the times that methods take to solve them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ESTIMATORS = {
     **dict.fromkeys(["grass", "kronecker_projection"], _GRAMS),
     **dict.fromkeys(["block_lanczos"], _LANCZOS),
 }
-"""The family of each estimator; those that are not listed have one of their own, by kind."""
+"""The family of each estimator; those that are not listed form a family by kind."""
 TASK = ["problem", "setting", "metric", "tolerance"]
 LINE = [*TASK[:3], "method", "backend"]
 SIZES = ["family", "N", "O", "P", "n"]
@@ -75,10 +75,10 @@ def solutions(
 ) -> pd.DataFrame:
     """The time of each method and backend for each task that it solves, by the law of :mod:`ntkbench.measure.laws`.
 
-    ``seeds`` are the estimates behind the law, ``passes`` and ``seconds`` have 95 % bands. ``at_most`` says whether the
-    seconds are an upper bound, because even the smallest budget is far too large. ``fastest`` is the share of bootstrap
-    reruns in which nothing else solves the task faster. It is 0 if another method has an upper bound, and a pass of it
-    takes less.
+    ``seeds`` is the number of estimates behind the law, and ``passes`` and ``seconds`` have 95 % bands. ``at_most``
+    says whether the seconds are an upper bound, because even the smallest budget is far too large. ``fastest`` is the
+    share of bootstrap reruns in which nothing else solves the task faster. It is 0 if another method has an upper bound
+    and one of its passes takes less time.
 
     Args:
         table: what :func:`ntkbench.figures.plotting.base.checked` gives.
@@ -106,7 +106,7 @@ def solutions(
         for rivals in draws.values():
             times = np.nan_to_num(np.stack(list(rivals.values())), nan=np.inf)
             wins = (times <= times.min(0)).mean(1)
-            # Seconds grow at most in proportion to passes, so that no budget takes less than this.
+            # Seconds grow at most in proportion to passes, so no budget takes less than this.
             least = {i: made[i]["seconds"] / max(made[i]["passes"], 1.0) for i in rivals if made[i]["at_most"]}
             for i, share in zip(rivals, wins, strict=True):
                 may_be_faster = any(least[k] < made[i]["seconds"] for k in least.keys() - {i})
@@ -117,15 +117,15 @@ def solutions(
 def winners(
     table: pd.DataFrame, tolerances: Mapping[str, float] = TOLERANCES, drift: float = laws.DRIFT
 ) -> pd.DataFrame:
-    """The fastest method of each task, and ``lead``, by what factor the fastest other method is slower.
+    """The fastest method of each task, and ``lead``, the factor by which the fastest other method is slower.
 
     ``lead_of_kind`` is the same for methods of other kinds, and ``fastest_of_kind`` is the share of reruns in which a
     method of this kind is the fastest.
 
     Args:
-        table: as for :func:`solutions`, with the other arguments.
-        tolerances: as for it.
-        drift: as for it.
+        table: as for :func:`solutions`.
+        tolerances: as for :func:`solutions`.
+        drift: as for :func:`solutions`.
     """
     solved = solutions(table, tolerances, drift)
     if not len(solved):
@@ -151,7 +151,7 @@ def winners(
 
 
 def label(panel: Axes, words: str, places: Sequence[tuple[float, float]], taken: list[tuple[float, float]]) -> None:
-    """Text at the first place that is free; at the freest one if none is. Its place is added to those taken.
+    """Text at the first free place, or the freest one if none is free. Its place is added to those taken.
 
     Args:
         places: of the text's middle, in inches of the figure.

@@ -1,4 +1,4 @@
-"""The figure of all claims: a dot for each published number, measured over published, from ``claims.csv``."""
+"""The figure of all claims: a dot at measured over published for each published number, from ``claims.csv``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ COLOURS |= {"Novak, Sohl-Dickstein, Schoenholz": styles.BLUE}
 """Colours of papers, by their names in the report."""
 BAND = "#D9EEE7"
 ROW, HEADING = 0.25, 0.38
-"""Heights in inches of the row of a dot and of a group's heading."""
+"""Heights in inches of a dot's row and of a group's heading."""
 ENDS = ("ratio", "ratio_low", "ratio_high")
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
-    """A group of rows for each paper; claims that a value is above or below a number have no dot.
+    """A group of rows for each paper, without claims that a value is above or below a number.
 
     Args:
         table: ``claims.csv``.
@@ -99,7 +99,7 @@ def _label(row: Mapping[str, Any]) -> str:
 
 
 def _limits(numbers: pd.DataFrame) -> tuple[float, float]:
-    """Around all dots and their intervals, with room for the numbers beside them."""
+    """Limits around all dots and their intervals, with room for the numbers beside them."""
     columns = [*ENDS, *(f"best_{end}" for end in ENDS)]
     low, high = canvas.limits([*numbers[columns].stack(), 0.4, 2.5], pad=1.5)
     return low, high * (high / low) ** 0.1

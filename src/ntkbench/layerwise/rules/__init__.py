@@ -195,7 +195,7 @@ def _lookup_factors(numbers: Tensor, g: Tensor, *, padding: int) -> Lookups:
 
 
 Rule = Callable[[fx.Node, int, Tensor], Use | None]
-"""From an operation, the position of the weight among its arguments and the indices of its entries to the use."""
+"""Maps an operation, the position of the weight among its arguments and the indices of its entries to the use."""
 
 RULES: dict[Any, Rule] = {
     aten.mm.default: _product,
@@ -209,7 +209,7 @@ RULES: dict[Any, Rule] = {
 
 @functools.cache
 def _of_plugins(folders: tuple[str, ...]) -> dict[Any, Rule]:
-    """The rules of plug-ins, those in these folders included. Plug-ins that are broken are logged and left out."""
+    """The rules of all plug-ins, including those in these folders. Broken plug-ins are logged and left out."""
     found: dict[Any, Rule] = {}
     for name in REGISTRY.names():
         for operation, rule in REGISTRY.get(name).items():

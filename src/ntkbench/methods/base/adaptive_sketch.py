@@ -21,17 +21,18 @@ PASSES_PER_COLUMN = 4
 
 
 class AdaptiveSketch(Accumulating):
-    """tr Q^T G Q + mean of ||A (I - Q Q^T) g||^2 with G = A^T A, where Q grows while that lowers the variance.
+    """tr Q^T G Q + mean of ||A (I - Q Q^T) g||^2 with G = A^T A, where Q grows as long as this lowers the variance.
 
-    A is J^T or J, and Q is orthonormal. A column takes 4 passes, a residual probe 1. The variance is 2 R / m for m
-    residual probes, with R the squared norm of (I - Q Q^T) G (I - Q Q^T), less its diagonal. The random signs s of a
-    block of columns are independent of the Q before them, so they estimate R without bias. G Q gives the decrease of R
+    A is J^T or J, and Q is orthonormal. A column takes 4 passes and a residual probe takes 1. The variance is 2 R / m
+    for m residual probes, with R the squared norm of (I - Q Q^T) G (I - Q Q^T), less its diagonal. The random signs s
+    of a block of columns are independent of the earlier Q, so they estimate R without bias. G Q gives the decrease of R
     due to each block of columns. Once a block's share of R is smaller than the share of its passes in all residual
     probes, no further block is added. Residual probes are kept, and projected again when Q grows, so no pass is lost.
     They do not affect the decision, so the estimate is unbiased for a given budget. On a flat spectrum it is a
-    one-sided estimate less one block; on a steep one, at least half of the passes go into the sketch. Without forward
-    mode a column takes 6 passes, and a probe of the forward side 2. Holds 2 vectors in the space of the probes for each
-    column, and 1 for each probe as long as Q may grow. Q no longer grows once these would not fit in memory.
+    one-sided estimate without the passes that one block takes; on a steep one, at least half of the passes go into the
+    sketch. Without forward mode a column takes 6 passes, and a probe of the forward side 2. Holds 2 vectors in the
+    space of the probes for each column, and 1 for each probe as long as Q may grow. Q stops growing once these no
+    longer fit in memory.
 
     Attributes:
         side: ``reverse`` for A = J^T, ``forward`` for A = J.
@@ -50,7 +51,7 @@ class AdaptiveSketch(Accumulating):
         return 1
 
     def jvp_share(self, metric: str) -> float:
-        return float(self.side == "forward")  # the sketch of the other side counts its JVPs itself
+        return float(self.side == "forward")  # on the reverse side, the sketch accounts for its JVPs itself
 
     def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Accumulator:
         (j,) = jacobians
@@ -58,10 +59,10 @@ class AdaptiveSketch(Accumulating):
 
 
 class GrowingSketch(Accumulator):
-    """A sketch and residual probes, both of which grow. The number of probes is the number of passes.
+    """A sketch and residual probes, both of which grow. The nominal number of probes is that of passes.
 
-    Residual probes are kept as long as the sketch may grow. It no longer grows once its vectors and the probes would
-    take more than ``memory`` bytes of the operator.
+    Residual probes are kept as long as the sketch may grow. It stops growing once its vectors and the probes would take
+    more than ``memory`` bytes of the operator.
 
     Attributes:
         q: basis of the sketch, rows.
@@ -91,19 +92,19 @@ class GrowingSketch(Accumulator):
                 self._kept.clear()
 
     def _may_grow(self, residual: int) -> bool:
-        """Whether the sketch may grow by a block beside as many residual probes; vectors are copied where it grows."""
+        """Whether the sketch may grow by a block beside ``residual`` probes; growing copies its vectors."""
         columns = len(self.q) + self._block
         fits = (4 * columns + residual) * self._A.dim * self._j.itemsize <= self._j.memory
         return self._growing and fits and columns <= self._A.dim
 
     def _affords_columns(self, passes: int) -> bool:
-        """Whether passes pay for a block beside the fewest residual probes; a JVP's cost is not asked for in vain."""
+        """Whether passes pay for a block and the fewest residual probes; a JVP's cost is queried only if needed."""
         least = PASSES_PER_COLUMN * self._block + self._min_residual
         return passes >= least and passes >= self._cost + self._min_residual
 
     @property
     def _cost(self) -> int:
-        """Residual probes that a block of columns costs, at most."""
+        """Cost of a block of columns, in residual probes, at most."""
         extra = 0 if self._side == "forward" else self._j.passes_per_jvp() - 1
         return (PASSES_PER_COLUMN + 2 * extra) * self._block
 
@@ -154,10 +155,10 @@ class GrowingSketch(Accumulator):
 def _skewed_mean(values: np.ndarray) -> PointEstimate:
     """Mean of k values, with the degrees of freedom of its variance reduced by their kurtosis.
 
-    The sample variance of k normal values has a relative variance of 2 / (k - 1); with kurtosis K it is about
-    (K - 1) / k. Squares of few large numbers, which a sketch leaves on a steep spectrum, have a kurtosis of up to 15.
-    Half of these degrees of freedom are used, because such values are skewed: means and variances are too small at the
-    same time, and sampling stops there first.
+    The sample variance of k normal values has a relative variance of 2 / (k - 1); with kurtosis K it is about (K - 1) /
+    k. After a sketch of a steep spectrum, the values are squares of a few large numbers, with a kurtosis of up to 15.
+    Only half of the degrees of freedom that follow are used, because such values are skewed: mean and variance are too
+    small at the same time, and sampling would stop there first.
     """
     found = standard_errors.mean(values)
     centred = values - found.value

@@ -1,4 +1,4 @@
-"""Metrics of the factors K and P of Theta = P K P*: of recurrent networks, and layer by layer of any traced network.
+"""Metrics of the factors K and P of Theta = P K P*, for recurrent networks and, by layers, for any traced network.
 
 An *injection* is a perturbation of the result of an operation that uses a weight, at one position of one sample. S maps
 a change of the parameters to injections with the inputs of all operations held fixed, and P maps injections to changes
@@ -8,13 +8,13 @@ of the outputs, so that J = P S and, with K = S S^T, Theta = P K P*.
   samples it is (A A^T) ⊗ I_C, where the a_s are the rows of A; a bias appends a 1 to them. K follows from a forward
   pass and is exact. Different weights are orthogonal blocks of K. A matrix that is used both as it is and transposed
   has a block between the two uses.
-- P depends only on the layers' Jacobians and does not mix samples. P* u are the cotangents of a backward pass with u
-  at the outputs, so that the metrics of P P* have U-statistics over random signs u.
+- P depends only on the layers' Jacobians and does not mix samples. P* u are the cotangents of a backward pass with u at
+  the outputs, so the metrics of P P* are estimated by U-statistics over random signs u.
 
 S leaves out parameters whose gradients have no factors (scales and shifts, weights that are computed from parameters,
-biases without the weight that they go with) and transposed convolutions, in which results of several positions overlap.
-P K P* is then Theta without their contribution. If a network declares its recurrence, all terms of a gate share one
-injection (see :mod:`ntkbench.operators.recurrent.state_kernel`), and nothing is left out.
+biases without their weight) and transposed convolutions, in which results of several positions overlap. P K P* is then
+Theta without their contribution. If a network declares its recurrence, all terms of a gate share one injection (see
+:mod:`ntkbench.operators.recurrent.state_kernel`), and nothing is left out.
 
 Source: Hazelden 2025 (arXiv 2511.10796) and the blog post on recurrent models, for recurrent networks; Hazelden,
 Driscoll, Shlizerman, Shea-Brown 2026 (arXiv 2605.08746) for transformers, with K from the forward pass.
@@ -58,7 +58,7 @@ class Factors:
 
     Attributes:
         K: metrics of K by name, exact.
-        P: metrics of P P* by name, with standard errors unless the probes are all unit vectors.
+        P: metrics of P P* by name, with standard errors unless the probes are all of the unit vectors.
         left_out: parameters that are in neither factor.
     """
 
@@ -78,10 +78,10 @@ def of_recurrence(problem: Problem, target: Target, names: Sequence[str], probes
     trace and 4 for the alignment.
 
     Args:
-        problem: its module declares a recurrence.
+        problem: a problem whose module declares a recurrence.
         target: where to compute.
         names: metrics.
-        probes: random signs, at least 4.
+        probes: number of probes of random signs; at least 4.
         seed: of the probes.
     """
     from ntkbench.estimators.state_factors import metric_of_k, metric_of_p
@@ -104,14 +104,14 @@ def of_layers(prepared: TracedProblem, names: Sequence[str], probes: int, seed: 
     Args:
         prepared: the network.
         names: metrics.
-        probes: random signs for each sample, at least 4.
+        probes: number of probes of random signs for each sample; at least 4.
         seed: of the probes.
 
     Raises:
         Unsupported: no parameter has factors, or the two networks of an alignment have different layers.
         OverMemory: the inputs of all layers, or the cotangents of four probes, do not fit in memory.
         Undefined: all inputs of layers are zero.
-        Uncertified: plain autograd gives other gradients.
+        Uncertified: plain autograd gives different gradients.
     """
     from ntkbench.methods.base.layerwise import ledger_of
 
@@ -183,9 +183,9 @@ def _layers(end: TracedNetwork) -> dict[int, Layer]:
 class _LayerSums:
     """Inner products of one layer's K at one or two ends, accumulated over samples.
 
-    <K, K'> is C <A A^T, B B^T> = C ||A^T B||^2 for inputs A and B: products A^T B are added up over samples if inputs
-    have no more entries than there are positions, and the inputs are kept otherwise. For tables they are kept as well,
-    as row indices.
+    <K, K'> is C <A A^T, B B^T> = C ||A^T B||^2 for inputs A and B. Products A^T B are added up over samples if inputs
+    have no more entries than there are positions; otherwise the inputs are kept. Those of embedding tables are always
+    kept, as row indices.
     """
 
     def __init__(self, layer: Layer, samples: int) -> None:
@@ -371,11 +371,11 @@ def _moments_of_p(
 
 
 TABLES = 8
-"""Tables in float64 of all pairs of a sample's directions: those of each end and of each moment."""
+"""Number of tables in float64 of all pairs of a sample's directions: one for each end and for each moment."""
 
 
 def _at_once(ends: Sequence[TracedNetwork], directions: int) -> int:
-    """Number of directions, at most ``directions``, whose cotangents of a sample fit in memory, and whose tables do."""
+    """Number of directions, at most ``directions``, for which a sample's cotangents and the tables fit in memory."""
     most = min(directions, math.isqrt(ends[0].engine.memory // (2 * TABLES * 8 * len(ends[0].x))))
     return min(end.engine.directions_at_once(end.parameters, end.x, most) for end in ends)
 

@@ -18,7 +18,7 @@ class Gram:
 
     Args:
         hidden: ``[m, d]`` in float64.
-        bias: whether the head has one that counts.
+        bias: whether the head has a bias that counts.
     """
 
     def __init__(self, hidden: Tensor, bias: bool) -> None:
@@ -27,7 +27,7 @@ class Gram:
         self.H = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1) if bias else hidden
 
     def part(self, rows: Any, columns: Any) -> Tensor:
-        """Some rows and columns, by slices or by numbers."""
+        """Some rows and columns, given as slices or indices."""
         return self.H[rows] @ self.H[columns].T
 
     def trace(self) -> float:
@@ -38,7 +38,7 @@ class Gram:
 def moments_of_grams(first: Gram, second: Gram | None = None) -> Moments:
     """Moments of G, or of G and G_f, by products of d x d matrices.
 
-    With E = H_f - H the difference G_f - G is E H_f^T + H E^T, which keeps the digits of a small E.
+    With E = H_f - H, the difference G_f - G is E H_f^T + H E^T, which keeps the digits of a small E.
 
     Cost: m d^2 multiplications for each of up to four products.
     """

@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 
 
 def candidates(problem: Problem) -> list[tuple[int, int]]:
-    """V and d of the weights that may be that of a network's wide head, by the sizes of the last matrix product.
+    """V and d of the weights that may be a network's wide head, by the sizes of the last matrix product.
 
-    If that is not known, they are the sizes of its linear layers. Other parameters must count as well. A weight with
+    If these are not known, the sizes of its linear layers are used. Other parameters must count as well. A weight with
     several names is excluded; see :mod:`ntkbench.methods.base.tied_head`.
     """
     from torch import nn
@@ -115,7 +115,7 @@ class HeadedNetwork:
         self.G = self._gram()
 
     def _turned(self, t: Tensor) -> Tensor:
-        """From a weight as the module holds it to ``[V, d]``, and back."""
+        """Convert a weight from the module's layout to ``[V, d]``, or back."""
         return t.T if self.layer.turned else t
 
     @functools.cached_property
@@ -158,11 +158,11 @@ class HeadedNetwork:
         return self.compare(self._g, self.U)
 
     def compare(self, other: Problem, Q: Tensor) -> float:
-        """Compare a gradient of the network with that of another head; 2 plain backward passes.
+        """Compare a gradient of the network with that of the network with another head; 2 plain backward passes.
 
         With a cotangent c at the outputs, parameters in front of the head have the gradient that they have in the other
-        network with Q^T c. The head's weight has c h^T. If the other network's head counts as well, it has the part
-        within the span of Q, and so does its bias.
+        network with Q^T c. The gradient of the head's weight is c h^T. If the other network's head counts as well, its
+        weight and bias give the part within the span of Q.
 
         Args:
             other: the problem with another head, ``[r, d]``.
@@ -201,7 +201,7 @@ class HeadedNetwork:
     def _with_head(self, matrix: Tensor, *, counted: bool = False) -> Problem:
         """The problem at only this set of weights, with another head.
 
-        Integers of the layer's module that are V, such as its number of outputs, become r.
+        Integer attributes of the layer's module that equal V, such as its number of outputs, are set to r.
 
         Args:
             matrix: ``[r, d]``.
@@ -241,9 +241,9 @@ class HeadedNetwork:
         )
 
     def _inputs_of_head(self, bias: Tensor | int) -> Tensor:
-        """``[N T, d]`` in float64, the outputs of the network with the identity as its head and without a bias.
+        """The head's inputs ``[N T, d]`` in float64: outputs of the network with the identity as head and no bias.
 
-        The network itself runs on one sample, since all outputs together may not fit in memory.
+        The original network runs on one sample only, since all outputs together may not fit in memory.
 
         Raises:
             Unsupported: the network with another head fails, or its results give other outputs of the first sample.
@@ -287,7 +287,7 @@ class HeadedProblem:
     """A problem on the device, with its networks split in front of their heads.
 
     Attributes:
-        short: its networks with heads of fewer outputs, for estimators.
+        short: the networks with heads of fewer outputs that estimators run on.
 
     Raises:
         Unsupported: see :class:`HeadedNetwork`.
@@ -305,7 +305,7 @@ class HeadedProblem:
         """The networks of a metric.
 
         Raises:
-            Unsupported: there are no such weights, or a network has no head, or another one.
+            Unsupported: there are no such weights, a network has no wide head, or the heads differ in size.
         """
         names = metrics.parameter_sets(metric)
         for name in names:
@@ -370,7 +370,7 @@ class HeadedProblem:
 
 
 class ShortHeads:
-    """The networks of a problem with heads of fewer outputs, which count: f' in this module's docstring.
+    """A problem's networks with shorter heads whose parameters count: f' in this module's docstring.
 
     Args:
         headed: the problem.
@@ -454,7 +454,7 @@ class _Sums:
             self.cross += copies * float(metrics.inner_product(parts[0].flatten(1), parts[-1].flatten(1)).double())
 
     def _with_gram(self, gram: Gram, left: Block, right: Block, part: Tensor) -> float:
-        """sum over the entries of a block whose hidden units are equal, times G at their positions."""
+        """Sum over the entries of a block whose hidden units are equal, weighted by G at their positions."""
         found = 0.0
         rows = np.arange(left.samples.start, left.samples.stop) * self._T
         columns = np.arange(right.samples.start, right.samples.stop) * self._T
@@ -469,7 +469,7 @@ class _Sums:
 
 
 def passes(problem: Problem, metric: str) -> dict[int, float]:
-    """Passes that the moments take, by a candidate's V: T d of g at each set of weights, and those of e."""
+    """Passes that the moments take, by the V of each candidate: T d for g at each set of weights, and for e."""
     found: dict[int, float] = {}
     for V, d in candidates(problem):
         needed = problem.O / V * d * (3 if metric == "alignment" else 1)

@@ -8,9 +8,9 @@ import numpy as np
 
 
 def entries(weights: Mapping[str, np.ndarray]) -> int:
-    """Entries of the factors of all layers: for D inputs, a bias and C outputs they are D + 1 and C on a side.
+    """Entries of the factors of all layers, which have D + 1 and C rows for D inputs, a bias and C outputs.
 
-    A vector is a layer of one input, unless it is the bias of a matrix.
+    A vector counts as a layer of one input, unless it is the bias of a matrix.
     """
 
     def is_bias(name: str) -> bool:

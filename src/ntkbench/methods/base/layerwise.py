@@ -52,9 +52,9 @@ class Layerwise(Method):
         return operations.by_layers(problem, metric, min(passes, outputs))
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """Both kernels and their product if these are of two networks; otherwise they are computed in blocks.
+        """Both kernels and their product if they are of two networks; otherwise kernels are computed in blocks.
 
-        Metrics of the whole kernel take it and its decomposition in float64.
+        Metrics of the whole kernel take the kernel and its decomposition in float64.
         """
         rows = problem.n if self.kernel == "full" else problem.N
         if metric in metrics.OF_KERNEL:
@@ -160,7 +160,7 @@ class TracedProblem:
         self.engine, self.x = first.engine, first.x
 
     def ends(self, metric: str) -> list[TracedNetwork]:
-        """The network at theta_0, and for alignment at theta_f: the same one, or another if more than theta differs.
+        """The network at theta_0, and for alignment at theta_f; a second network if more than theta differs.
 
         Raises:
             BadInput: there are no such weights, or the other network cannot be traced.
@@ -185,7 +185,7 @@ class TracedProblem:
         return change_by_training(self.problem, self._target.device)
 
     def certify_again(self) -> None:
-        """Compare the next kernels with plain autograd even if they were compared before."""
+        """Compare the next kernels with plain autograd, even after an earlier comparison."""
         for end in self._ends.values():
             end.engine.forget_certificates()
 
@@ -196,10 +196,10 @@ def _two_networks(problem: Problem) -> bool:
 
 
 def blocks_of(networks: Sequence[TracedNetwork]) -> Iterator[tuple[Block, Block, list[Tensor]]]:
-    """The kernels of some networks of one size in the same blocks; see :meth:`LayerwiseKernel.blocks`.
+    """The kernels of networks of equal size, in the same blocks; see :meth:`LayerwiseKernel.blocks`.
 
     Raises:
-        BadInput: blocks that fit in memory have other sizes for one network than for another.
+        BadInput: the blocks that fit in memory differ between the networks.
     """
     each = (network.engine.blocks([network.parameters], network.x) for network in networks)
     for found in zip(*each, strict=True):

@@ -33,15 +33,16 @@ class Method(ABC):
         backends: backends that it runs on, the default first.
         metrics: metrics that it computes, of those that are functions of moments.
         kernel_metrics: metrics of the whole kernel that it computes.
-        computes: the matrix that its metrics are of, or that it estimates them of; each estimate and each row has it.
+        computes: the matrix whose metrics it computes or estimates; part of each estimate and each row.
         needs_independent_samples: whether it requires that each output depends only on its own sample.
         needs_recurrence: whether it requires a module that declares a recurrence over time.
         prepares: name of the result of :meth:`prepare`; methods with the same name share it. Empty if it is not shared.
-        needs_one_network: whether it aligns only sets of weights of one network, as methods that compare parameters do.
+        needs_one_network: whether an alignment must be of two sets of weights of one network, as for methods that
+            compare parameters.
         by_layers: whether its passes leave out the gradients of weights, and its kernels are sums over layers.
         passes_formula: passes of a deterministic method for one set of weights, in n, N, O, P, the number of steps T,
-            and the width d of the last hidden layer, with ``or`` between those of its ways; an alignment has two sets.
-            Empty if the cost is not a number of passes.
+            and the width d of the last hidden layer, with ``or`` between alternatives; an alignment has two sets. Empty
+            if the cost is not a number of passes.
     """
 
     title: ClassVar[str]
@@ -118,17 +119,16 @@ class Method(ABC):
         return None
 
     def products(self, problem: Problem, metric: str, passes: float) -> float:
-        """Operations besides passes, by sizes alone: inner products of gradients, and kernels; 0 if there are few."""
+        """Operations besides passes, from sizes alone: inner products of gradients, and kernels; 0 if negligible."""
         return 0.0
 
     def operations(self, problem: Problem, metric: str, passes: float) -> float:
-        """Operations of a number of passes and of what is done with them; see :mod:`ntkbench.operations`."""
+        """Operations of a number of passes and of the products of their results; see :mod:`ntkbench.operations`."""
         of_pass = operations.of_pass_by_layers if self.by_layers else operations.of_pass
         return passes * of_pass(problem) + self.products(problem, metric, passes)
 
     def planned_passes(self, prepared: Any, metric: str) -> float:
-        """Passes that a deterministic method takes once prepared, including recomputed blocks that do not fit in
-        memory; 0 if their number is not known."""
+        """Passes that a deterministic method takes once prepared, with recomputed blocks; 0 if not known."""
         return 0.0
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:

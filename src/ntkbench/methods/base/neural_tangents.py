@@ -25,17 +25,16 @@ if TYPE_CHECKING:
 KERNEL = "kernel"
 """What a program computes for metrics of the whole kernel."""
 FEW_ROWS, CERTIFIED_ROWS = 16, 64
-"""Maximum number of rows of J in the certificate of a trace: the first number for several samples together, the second
-for one sample."""
+"""Maximum number of rows of J in the certificate of a trace: for several samples together, and for one sample."""
 
 
 class NeuralTangents(Method):
     """Theta by one of neural-tangents' implementations, in one program from weights to moments.
 
     Theta ``[N, N, O, O]`` stays on the device, for alignment together with Theta_f; for metrics of the whole kernel it
-    goes to the host and is decomposed in float64. The trace is requested by traced and diagonal axes, so that an
-    implementation may hold only ``[N]`` numbers. The program is compiled at the first estimate of a metric and kept. It
-    is refused if it takes more memory than :func:`ntkbench.operators.programs.memory_limit` allows.
+    goes to the host and is decomposed in float64. The trace is requested through neural-tangents' trace and diagonal
+    axes, so an implementation may hold only ``[N]`` numbers. The program is compiled at the first estimate of a metric
+    and kept. It is refused if it takes more memory than :func:`ntkbench.operators.programs.memory_limit` allows.
 
     Attributes:
         implementation: a name in ``neural_tangents.NtkImplementation``.
@@ -56,13 +55,13 @@ class NeuralTangents(Method):
         return reason or (None if is_installed() else "neural-tangents is not installed")
 
     def products(self, problem: Problem, metric: str, passes: float) -> float:
-        """At most: inner products of rows of J."""
+        """Upper bound: the inner products of rows of J."""
         return operations.of_gram(metric, problem.n, problem.P)
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         """Theta (and Theta_f), and its decomposition for metrics of the whole kernel; for the trace N numbers.
 
-        The program may take more, which is known once it is compiled: see
+        The program may take more, which is known only once it is compiled; see
         :func:`ntkbench.operators.programs.memory_limit`.
         """
         if metric in metrics.OF_KERNEL:
@@ -218,7 +217,7 @@ class CompiledPrograms:
 
         names = metrics.parameter_sets(what)
         for name in names:
-            self._problem.weights(name)  # raises where there are none
+            self._problem.weights(name)  # raises if there are none
         leaves, structure = jax.tree.flatten((self._parameter_sets(what), x))
         shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves)
         return _compiled(
@@ -242,7 +241,7 @@ def _compiled(
     target: Target,
     name: str,
 ) -> jax.stages.Compiled:
-    """The program (parameter sets, x) -> (moments or kernel, what certificates are compared with) for some shapes.
+    """The program (parameter sets, x) -> (moments or kernel, values to certify) for some shapes.
 
     Args:
         forwards: the network at each parameter set.

@@ -1,4 +1,4 @@
-"""Trace estimators that multiply with J or with J^T only: tr Theta = ||J||_F^2."""
+"""Trace estimators that multiply by J or by J^T only: tr Theta = ||J||_F^2."""
 
 from __future__ import annotations
 

@@ -29,17 +29,17 @@ TABLES = 6
 
 
 class Projected(Stochastic):
-    """Metrics from k random features of each row of J, ``Phi = J S``, by the same S at all parameter sets.
+    """Metrics from k random features of each row of J, ``Phi = J S``, with the same S at all parameter sets.
 
-    The budget is k for each parameter set. The features take the O passes of the rows of J for any k, so that fewer
-    passes are spent than budgeted if k > O. The method states their cost in multiplications, bytes and seconds.
+    The budget is k for each parameter set. The features take the O passes of the rows of J for any k, so fewer passes
+    are spent than budgeted if k > O. A larger k costs multiplications, memory and time instead, as each method states.
 
     S has R independent parts; see :mod:`ntkbench.estimators.projections`. tr Theta = E mean_i ||Phi_i||_F^2,
-    ||Theta||_F^2 = E sum_(i != j) ||Phi_i^T Phi_j||_F^2 / (R (R - 1)), and the cross term likewise. All are unbiased;
-    the square root and the ratios are biased at order 1/k. The standard error is that of
-    :class:`ntkbench.estimators.standard_errors.PairSums`, for the effective rank that of a jackknife over the parts.
-    The published value is the norm of the Gram matrix, which also includes the pairs i = j: its square is larger by the
-    variance of the matrix, for dense signs by about (tr Theta)^2 / k.
+    ||Theta||_F^2 = E sum_(i != j) ||Phi_i^T Phi_j||_F^2 / (R (R - 1)), and the cross term is analogous. All are
+    unbiased; the square root and the ratios are biased at order 1/k. The standard error is that of
+    :class:`ntkbench.estimators.standard_errors.PairSums`, or, for the effective rank, that of a jackknife over the
+    parts. The published value is the norm of the Gram matrix, which also includes the pairs i = j. Its square is too
+    large by the variance of the matrix, which is about (tr Theta)^2 / k for dense signs.
     """
 
     needs_one_network = True
@@ -56,7 +56,7 @@ class Projected(Stochastic):
             metric: gives the parameter sets.
             k: number of features of a row.
             seed: seed of S.
-            replicates: R; by default the method's choice, and 1 for a projection as it is published.
+            replicates: R, by default the method's choice; 1 for a projection as it was published.
 
         Returns:
             The features, and a ledger of their cost.
@@ -114,7 +114,7 @@ Sketch = Callable[[Array], Array]
 
 
 class ProjectedRows(Projected):
-    """Features of the rows of J one by one: the rows are computed in blocks, projected and forgotten."""
+    """Features from the rows of J, which are computed in blocks, projected and discarded."""
 
     needs_independent_samples = True
 
@@ -139,14 +139,13 @@ class ProjectedRows(Projected):
 
 
 class HashedRows(ProjectedRows):
-    """Rows of J with one random sign for each parameter in each of some blocks of features, or for some parameters.
+    """CountSketches of the rows of J: blocks of features, in each of which a kept parameter has one random sign.
 
-    Blocks are independent CountSketches, so they serve as replicates for the unbiased estimates and their standard
-    errors.
+    Blocks are independent, so they serve as replicates for the unbiased estimates and their standard errors.
 
     Attributes:
         nonzeros: number of blocks.
-        kept: parameters that are kept for each feature of a block, at random; all if it is ``None``.
+        kept: number of random parameters kept for each feature of a block; ``None`` to keep all.
     """
 
     backends = ("torch",)
@@ -157,7 +156,7 @@ class HashedRows(ProjectedRows):
         return self.nonzeros
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """The features, the signs, and the numbers of those parameters that are kept, which are drawn from all."""
+        """The features, the signs, and the indices of the kept parameters, which are drawn from all."""
         features = super().bytes_needed(problem, metric, target, passes)
         if self.kept is None:
             return features + self.nonzeros * (2 * problem.P + HASHING * min(problem.P, CHUNK))
@@ -198,7 +197,7 @@ def signs(j: JacobianOperator, k: int, seed: int) -> Sketch:
 
 
 CHUNK = 2**15
-"""Entries that are hashed at a time; the number of one and its sign fit in 16 bits."""
+"""Entries that are hashed at a time; the index of an entry and its sign fit in 16 bits."""
 HASHING = 56
 """Bytes that are held for an entry while it is hashed."""
 

@@ -30,7 +30,7 @@ class Stochastic(Method):
     Attributes:
         fewest_probes: smallest number of probes that gives a standard error.
         default_passes: the budget if the user gives none.
-        few_degrees: degrees of freedom below which an estimate with a given budget has a note that they are too few.
+        few_degrees: degrees of freedom below which an estimate with a given budget has a note that there are too few.
     """
 
     kind = "stochastic"
@@ -47,7 +47,7 @@ class Stochastic(Method):
 
     @abstractmethod
     def passes_per_probe(self, metric: str) -> int:
-        """Passes that each probe of the method's nominal number takes."""
+        """Passes per probe of the method's nominal number of probes."""
 
     @abstractmethod
     def spend(self, prepared: Any, metric: str, passes: int, seed: int) -> Estimate:
@@ -78,10 +78,10 @@ class Stochastic(Method):
         return j.passes_per_jvp()
 
     def affordable(self, prepared: Any, names: Sequence[str], passes: int) -> int:
-        """The cost, with JVPs of one pass each, that a budget pays for on a network.
+        """The largest :meth:`cost` that a budget covers on a network whose JVPs may take more than one pass.
 
         Raises:
-            BadInput: it is less than that of the fewest probes.
+            BadInput: it is less than the cost of the fewest probes.
         """
         share = max(map(self.jvp_share, names))
         if not share:
@@ -97,7 +97,7 @@ class Stochastic(Method):
         return found
 
     def signs(self, problem: Problem, metric: str) -> int:
-        """Random signs in an independent part of a probe; 0 where probes are not signs, or an error of 0 is exact."""
+        """Random signs in an independent part of a probe; 0 if probes are not signs, or if an error of 0 is exact."""
         return 0
 
     def strata(self, problem: Problem, metric: str) -> int:
@@ -107,10 +107,10 @@ class Stochastic(Method):
     def with_unknown_error(
         self, prepared: Any, metric: str, probes: int, point: PointEstimate, complement: float | None = None
     ) -> PointEstimate:
-        """An estimate whose error of 0 may mean that all probes are alike by chance; see :data:`ALIKE`.
+        """The estimate, with an unknown error if an error of 0 may be due to chance; see :data:`ALIKE`.
 
-        A single sign leaves nothing to chance: squares do not depend on it. Nor do ratios that are 1 for a kernel of
-        rank one, or for networks that do not differ.
+        An error of 0 is exact with a single sign, on which squares do not depend, and for ratios that are always 1:
+        those of a kernel of rank one, or of two equal networks.
 
         Args:
             prepared: the result of :meth:`prepare`.
@@ -167,12 +167,12 @@ def check_enough(names: Sequence[str], probes: int) -> None:
 
 
 ROUNDING = 1e-9
-"""Of a number of passes."""
+"""Rounding error allowed for in a number of passes."""
 ALIKE = 12
-"""Pairs of independent parts that are equal up to sign, from which on this is not a coincidence.
+"""Smallest number of pairs of independent parts whose equality up to sign is not a coincidence.
 
-A square takes only two values if there are two signs, so that K probes agree with the probability 2^(1 - K). A standard
-error of 0 from fewer pairs is unknown.
+With two signs, a square takes only two values, so K probes agree with probability 2^(1 - K). A standard error of 0 from
+fewer pairs counts as unknown.
 """
 
 
@@ -183,7 +183,7 @@ class FixedBudget(Stochastic):
     4 of ``nystrompp``, and 79 % with the 5 of ``hutchpp_paper``.
 
     Attributes:
-        gradients_held: vectors of length P that are in memory at a time, for each probe.
+        gradients_held: number of vectors of length P in memory at a time, for each probe.
     """
 
     few_degrees = 6
@@ -222,7 +222,7 @@ class FixedBudget(Stochastic):
         )
 
     def products(self, problem: Problem, metric: str, passes: float) -> float:
-        """Those of an orthonormal basis of the probes' images, and of its Gram matrix."""
+        """Operations of an orthonormal basis of the probes' images, and of its Gram matrix."""
         return 4 * problem.n * (passes / self.passes_per_probe(metric)) ** 2
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
@@ -261,8 +261,8 @@ class OthersAreCheaper(GivenUp):
     """Methods whose cost is linear in the number of probes are cheaper.
 
     Attributes:
-        probes: number of probes that the tolerance is expected to take, between those of errors that fall as the square
-            root and of errors that fall as fast as they can.
+        probes: number of probes that the tolerance is expected to take: between that for errors that fall as the square
+            root, and that for errors that fall as fast as possible.
     """
 
     cheaper = "methods without inner products of gradients"
@@ -279,13 +279,13 @@ def _nothing(probes: float) -> float:
 
 @dataclass(frozen=True)
 class Stopping:
-    """When a method gives up a tolerance.
+    """When a method gives up on a tolerance.
 
     Attributes:
         exact_passes: passes of exact values.
-        exact_cost: passes of the method that take as long as exact values; the tolerance is given up as soon as the
-            remaining probes cost more than :data:`WORTH` times as many.
-        most_probes: number of probes beyond which it is given up; see :meth:`Incremental.worthwhile_probes`.
+        exact_cost: passes of the method that take as long as exact values. The method gives up as soon as the remaining
+            probes cost more than :data:`WORTH` times as many.
+        most_probes: number of probes beyond which the method gives up; see :meth:`Incremental.worthwhile_probes`.
         products: passes of the method that take as long as the products of a number of probes.
     """
 
@@ -296,7 +296,7 @@ class Stopping:
 
 
 class Incremental(Stochastic):
-    """A stochastic method that accumulates probes: they serve several metrics, and can reach a tolerance.
+    """A stochastic method that accumulates probes, which serve several metrics and can reach a tolerance.
 
     Attributes:
         first_batch: number of probes before the first check of the standard error, if there is a tolerance.
@@ -307,13 +307,13 @@ class Incremental(Stochastic):
     order: ClassVar[float] = 0.5
 
     def probes_to_decide(self, problem: Problem, metric: str) -> int:
-        """Fewest probes that can usually decide: with fewer, the error has too few degrees of freedom."""
+        """Fewest probes whose error usually has enough degrees of freedom to decide on a tolerance."""
         strata = self.strata(problem, metric)
         enough = 1 + math.ceil(EXPECTED_DEGREES / strata) if strata else 0
         return max(self.first_batch, self.fewest_probes, enough)
 
     def probes_to_reach(self, problem: Problem, metric: str, error: float) -> float:
-        """Probes with which the relative standard error of a metric is as small as this, at best; 0 if not known."""
+        """Probes that a relative standard error of a metric takes at best; 0 if not known."""
         return 0.0
 
     def worthwhile_probes(self, problem: Problem) -> float:
@@ -341,7 +341,7 @@ class Incremental(Stochastic):
         confidence: float = 0.95,
         stopping: Stopping = Stopping(),
     ) -> dict[str, Estimate]:
-        """Several metrics from the same probes. Each estimate has the cost of all of them together.
+        """Several metrics from the same probes. Each estimate states the cost of all of them together.
 
         Args:
             prepared: the result of :meth:`prepare`.
@@ -349,14 +349,15 @@ class Incremental(Stochastic):
             passes: upper limit on the passes.
             seed: seed of the probes.
             rtol: tolerance; probes are drawn until the interval of every metric extends at most ``rtol`` times the
-                value to either side. The interval is checked only a few times; see :func:`_growth`. Rounding that takes
-                more than half of the tolerance has a note in place of more probes, which do not reduce it.
+                value to either side. The interval is checked only a few times; see :func:`_growth`. If rounding takes
+                more than half of the tolerance, a note says so; more probes would not reduce it.
             confidence: confidence level of the interval.
-            stopping: when the tolerance is given up.
+            stopping: when to give up on the tolerance.
 
         Raises:
-            GivenUp: it is given up. The estimates so far are not returned, as their errors did not decide.
-            Undefined: a metric is a ratio to the norm of a kernel that is zero, as far as its probes show.
+            GivenUp: the tolerance is given up. The estimates so far are not returned, as their errors did not meet the
+                stopping rule.
+            Undefined: a metric is a ratio to the norm of a kernel that is zero, as far as the probes show.
         """
         accumulator, ledger = self.begin(prepared, names, seed)
         most = self.affordable(prepared, names, passes) // max(self.passes_per_probe(name) for name in names)
@@ -445,8 +446,10 @@ def _rounded(probes: int, first: int) -> int:
 
 
 WORTH = 0.5
-"""Largest share of the cost of exact values that the remaining probes may have. It is below 1, because the number of
-probes that are needed is uncertain and that of an exact value is not."""
+"""Largest cost of the remaining probes, relative to that of exact values.
+
+It is below 1 because the number of probes that are needed is uncertain, and the cost of exact values is not.
+"""
 MOST_EXCESS = 1e4
 """Ratio of error to tolerance beyond which larger ratios make no difference."""
 
@@ -465,7 +468,7 @@ def _excess(found: Collection[Estimate], rtol: float, confidence: float) -> floa
 def _first(start: float, ratio: float, most: float, enough: Callable[[float], bool]) -> float:
     """The first of ``start``, ``start ratio``, ``start ratio^2``, ... that is enough, or is not less than ``most``.
 
-    All that follow one that is enough are also enough, so that few of them are tried.
+    All that follow one that is enough are also enough, so bisection tries only a few.
     """
     steps = max(0, math.ceil(math.log(most / start) / math.log(ratio)))
     return start * ratio ** bisect.bisect_left(range(steps), True, key=lambda i: enough(start * ratio**i))
@@ -479,7 +482,7 @@ def _is_within(
 
 
 def _probes_needed(looks: Sequence[tuple[int, float]], order: float) -> float:
-    """Probes to a tolerance, by the law that the errors so far follow.
+    """Probes that a tolerance takes, extrapolated from the errors so far.
 
     Args:
         looks: numbers of probes, and ratios of error to tolerance.
@@ -496,17 +499,19 @@ def _probes_needed(looks: Sequence[tuple[int, float]], order: float) -> float:
 LEAST_DEGREES = 60
 """Fewest degrees of freedom at which a standard error decides at the first look whether a tolerance is reached.
 
-The next look comes when :data:`EXPECTED_DEGREES` are expected, and then half of these degrees are enough, so that the
-number of probes hardly depends on the degrees of freedom that are found. A skewed sample without large values has many
-degrees of freedom, and its mean is too small.
+The next look comes when :data:`EXPECTED_DEGREES` are expected, and then half of :data:`LEAST_DEGREES` is enough, so the
+number of probes hardly depends on the degrees of freedom that are found. This matters because a skewed sample without
+large values has many degrees of freedom, and its mean is too small.
 """
 EXPECTED_DEGREES = 1.5 * LEAST_DEGREES
 """Degrees of freedom that a second look should have."""
 FAR_WITHIN = 10
-"""An interval that is this many times narrower than the tolerance decides with any degrees of freedom, unless few
-strata have most of what is estimated: their first probes may agree by chance."""
+"""Ratio of the tolerance to the width of an interval that decides with any degrees of freedom.
+
+It does not decide if a few strata have most of the estimated quantity: their first probes may agree by chance.
+"""
 SAFETY = 0.9
-"""Probability that a variance is at most the one allowed for in the last step to a tolerance."""
+"""Probability that a variance is at most the upper limit that the last step to a tolerance allows for."""
 
 
 def _growth(
@@ -541,10 +546,10 @@ def _growth(
 
 
 def _widened(estimate: Estimate, least: float) -> Estimate:
-    """An estimate at which a run stops, with the upper limit of an error that has few degrees of freedom.
+    """The final estimate of a run; an error with few degrees of freedom is replaced by its upper limit.
 
     A run stops early if its error is underestimated. Of the runs of ``gram_forward`` that stopped after 16 probes, 62 %
-    had a 95 % interval that contained the exact value; with the upper limit, 91 % do.
+    had a 95 % interval that contained the exact value; with the upper limit, 91 % had one.
     """
     if estimate.degrees >= least or not estimate.standard_error:
         return estimate

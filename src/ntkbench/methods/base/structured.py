@@ -45,7 +45,7 @@ class StructuredUStatistics(Incremental):
         max_gradients: largest number of gradients in a default budget; beyond about a thousand, their inner products,
             which have quadratic cost, take most of the time.
         max_group: largest number of gradients in a group.
-        least_with_pilot: number of probes from which on one is spent on the choice of exact samples.
+        least_with_pilot: smallest number of probes with which one is spent on the choice of exact samples.
     """
 
     backends = ("torch",)
@@ -76,7 +76,7 @@ class StructuredUStatistics(Incremental):
         return operations.by_layers(problem, metric, passes, self.max_group / problem.N)
 
     def worthwhile_probes(self, problem: Problem) -> float:
-        """K from which on kernels of one group take more than :func:`dear` times the operations of the passes."""
+        """Smallest K at which the kernel of one group takes over :func:`dear` times the operations of the passes."""
         of_passes = dear(problem.N) * operations.of_pass_by_layers(problem)
         some = range(1, self.max_group // problem.N + 1)
         place = bisect.bisect_left(some, True, key=lambda K: operations.of_kernel(problem, K) > K * of_passes)
@@ -110,7 +110,7 @@ def pair_bytes(N: int, ends: int, moments: Sequence[str], itemsize: int) -> Pair
 
 
 PIECES = 4
-"""Maximum number of pieces in which probes for a trace are drawn, after the first ones."""
+"""Maximum number of pieces in which further probes for a trace are drawn."""
 
 
 def widest(names: Sequence[str]) -> str:
@@ -128,7 +128,7 @@ class GroupedUStatistics(Accumulator):
         names: metrics.
         seed: seed of the probes.
         max_gradients: largest number of gradients in a group.
-        least_with_pilot: number of probes from which on one is spent on the choice of exact samples.
+        least_with_pilot: smallest number of probes with which one is spent on the choice of exact samples.
         known: moments that add to those of the networks' kernels.
     """
 
@@ -187,12 +187,12 @@ class GroupedUStatistics(Accumulator):
         self._unspent = passes
 
     def _pieces(self, probes: int) -> list[int]:
-        """Sizes in which probes are drawn; few different ones, because the network is traced anew for each size."""
+        """Sizes in which probes are drawn; few distinct ones, because the network is traced anew for each size."""
         size = probes
         if self._traces:
             first = len(self._traces[0])
             size = first * 2 ** max(0, math.ceil(math.log2(probes / (PIECES * first))))
-        signs = 4 * self._N * self._O * self._bytes.itemsize  # of a probe, with the copies that are made on the way
+        signs = 4 * self._N * self._O * self._bytes.itemsize  # of a probe, with intermediate copies
         size = min(size, max(1, self._ends[0].engine.memory // signs))
         whole, rest = divmod(probes, size)
         return [size] * whole + [rest] * bool(rest)
@@ -212,7 +212,7 @@ class GroupedUStatistics(Accumulator):
         return MomentEstimates.pooled(self._groups).plus(self._known)
 
     def _plan(self, probes: int) -> tuple[list[int], float]:
-        """Choose the exact samples if a probe for that is affordable; returns sizes of groups, and their passes."""
+        """Choose the exact samples if a probe for this is affordable; return sizes of groups, and their passes."""
         sizes, passes = self._sizes(probes), float(probes)
         if not sizes and not self._groups:
             needed, memory = self._cost(2), self._ends[0].engine.memory
@@ -292,9 +292,9 @@ class GroupedUStatistics(Accumulator):
         return -(-self._O // k)
 
     def _sizes(self, probes: int) -> list[int]:
-        """Sizes of groups that take at most the passes of this number of probes in a group; none if these are too few.
+        """Sizes of groups that together take at most one pass for each of ``probes``; none if these are too few.
 
-        From four probes on the variance has an unbiased estimate. Groups are smaller only if those do not fit.
+        With four probes or more, the variance has an unbiased estimate. Groups are smaller only if four do not fit.
         """
         if probes < 2:
             return []

@@ -19,8 +19,8 @@ act on orthogonal spaces, so their moments add up:
     ||Theta||^2 = ||Theta'||^2 + (V - r) ||G||^2
     tr(Theta Theta_f) = tr(Theta' Theta'_f) + (V - r) tr(G G_f)
 
-the last with one Q for both weights, which spans the columns of W and of W_f. With m different tokens r = m + d, or
-m + 2 d for alignment. It takes T r passes in place of T V; no matrix is larger than ``[N T r, N T r]`` or W.
+the last with one Q for both weights, which spans the columns of W and of W_f. With m distinct tokens, r is m + d, or
+m + 2 d for alignment. This takes T r passes in place of T V; no matrix is larger than ``[N T r, N T r]`` or W.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def tables(problem: Problem) -> list[str]:
 
 
 def passes(problem: Problem, metric: str) -> dict[int, float]:
-    """Passes that the moments take, by a candidate's V; if x is not tokens, all of them may differ."""
+    """Passes that the moments take, by the V of each candidate; if x is not tokens, all tokens count as distinct."""
     assert problem.module is not None
     ends = len(metrics.parameter_sets(metric))
     found: dict[int, float] = {}
@@ -80,7 +80,7 @@ def passes(problem: Problem, metric: str) -> dict[int, float]:
 
 @dataclass(frozen=True)
 class Basis:
-    """Orthonormal columns Q ``[V, r]``: the unit vectors of some tokens, and others that are zero in their rows.
+    """Orthonormal columns Q ``[V, r]``: the unit vectors of some tokens, and others that are zero in these rows.
 
     Attributes:
         tokens, others: numbers of these tokens and of all others, ascending.
@@ -163,7 +163,7 @@ class Whole:
         module, parameters, x: the network with its weights, those that count by name, and the inputs, on the device.
         table: the name of the embedding.
         weight: the name of its weight W.
-        bias: the name of the head's bias, if there is one.
+        bias: the name of the head's bias; ``None`` if it has none.
         tokens: numbers of the tokens that occur, ascending.
 
     Raises:
@@ -278,7 +278,7 @@ class TiedNetwork:
         """Compare a gradient of the network with that of f' and the head's; 2 plain backward passes.
 
         With a cotangent c at the outputs, all parameters except W and b have the gradient that f' has with Q^T c. The
-        gradient of W is Q times that of W' in f', and outside of the span of Q it is that of the head, c h^T.
+        gradient of W is Q times that of W' in f', and outside the span of Q it is that of the head, c h^T.
 
         Returns:
             The relative difference.
@@ -347,7 +347,7 @@ class TiedProblem:
         """The networks of a metric, with one vocabulary.
 
         Raises:
-            Unsupported: there are no such weights, or a network has no such head, or another one.
+            Unsupported: there are no such weights, a network has no such head, or the heads differ in size.
         """
         names = metrics.parameter_sets(metric)
         if names not in self._ends:

@@ -39,10 +39,10 @@ from ntkbench.problem import Problem
 class GramMatrix(Accumulating):
     """The Gram matrix of A u over k random signs u, with A = J^T or J: 1 pass per probe, 2 for alignment.
 
-    With y_i = A u_i: tr Theta = E mean_i ||y_i||^2 and ||Theta||_F^2 = E sum_(i != j) <y_i, y_j>^2 / (k (k - 1)). These
+    With y_i = A u_i, tr Theta = E mean_i ||y_i||^2 and ||Theta||_F^2 = E sum_(i != j) <y_i, y_j>^2 / (k (k - 1)). These
     and the cross term are unbiased; the square root and the ratios are biased at order 1/k. The effective rank is the
-    ratio of sum_(i != j) ||y_i||^2 ||y_j||^2 to sum_(i != j) <y_i, y_j>^2: over the same pairs, so that the weight that
-    a pair gives to large eigenvalues cancels. With 20 probes, 86 to 89 % of the 95 % intervals contained the alignments
+    ratio of sum_(i != j) ||y_i||^2 ||y_j||^2 to sum_(i != j) <y_i, y_j>^2, over the same pairs, so the weight that a
+    pair gives to large eigenvalues cancels. With 20 probes, 86 to 89 % of the 95 % intervals contained the alignments
     of uneven batches.
 
     Attributes:
@@ -101,13 +101,14 @@ class GramMatrix(Accumulating):
 class _GramStatistics(UStatistics):
     """U-statistics in one stratum, with the effective rank by the jackknife over probes.
 
-    On steep spectra few pairs dominate the sums, and the delta method's standard error is too small with fewer than 50
-    probes: its 95 % intervals cover 74 to 84 %. The jackknife of the logarithm, which corrects the bias as well, counts
-    the variance due to pairs twice. It is subtracted once, up to half of the jackknife's estimate.
+    On steep spectra a few pairs dominate the sums, and the delta method's standard error is too small with fewer than
+    50 probes: its 95 % intervals have a coverage of 74 to 84 %. The jackknife of the logarithm, which also corrects the
+    bias, counts the variance due to pairs twice. This variance is subtracted once, up to half of the jackknife's
+    estimate.
     """
 
     _groups: tuple[np.ndarray, ...] = ()
-    """Sums over the pairs of each probe of the groups that are complete; see :meth:`_row_sums`."""
+    """Sums over the pairs of each probe in complete groups; see :meth:`_row_sums`."""
 
     def estimate(self, metric: str) -> PointEstimate:
         moments = self.moments()
@@ -141,10 +142,10 @@ class _GramStatistics(UStatistics):
 
 
 def jackknifed_rank(names: Sequence[str], moments: MomentEstimates, left_out: np.ndarray) -> PointEstimate | None:
-    """The effective rank with the jackknife of its logarithm; ``None`` if an estimate without a probe is negative.
+    """The effective rank with the jackknife of its logarithm; ``None`` if a leave-one-out estimate is not positive.
 
     Args:
-        names: names of the moments, ``squared_trace`` and ``square`` among them.
+        names: names of the moments, including ``squared_trace`` and ``square``.
         moments: from all K probes.
         left_out: the squared trace and the square without each probe, ``[2, K]``.
     """
@@ -167,9 +168,9 @@ class OneSidedPerSample(Accumulating):
     """The mean of sum_b ||A_b u_b||^2 over random signs u, with A_b = J_b^T or J_b: 1 pass per probe; unbiased.
 
     A one-sided probe takes the squared norm of the sum of all samples' gradients, so its cross-sample terms add noise.
-    They have zero mean, and are dropped here: the gradient of each sample is squared separately. The variance is 2
-    sum_b (||G_b||_F^2 - sum_i (G_b)_ii^2) / k for k probes, with G_b = A_b^T A_b. The standard error adds up the
-    variances of the samples.
+    These have zero mean, and are dropped here: the squared norm of each sample's gradient is taken separately. The
+    variance is 2 sum_b (||G_b||_F^2 - sum_i (G_b)_ii^2) / k for k probes, with G_b = A_b^T A_b. For the standard error,
+    the variances of the samples are added up.
 
     Attributes:
         side: ``reverse`` for A_b = J_b^T, ``forward`` for A_b = J_b.
@@ -226,17 +227,17 @@ recurrent networks with 4 to 100 trials."""
 
 
 def dear(strata: int) -> float:
-    """:data:`DEAR` with few strata; more with many, as pooled estimators then need many more probes."""
+    """:data:`DEAR` for few strata; more for many, as pooled estimators then need many more probes."""
     return max(DEAR, 2.0 * strata)
 
 
 class StratifiedUStatistics(Accumulating):
     """U-statistics of the gradients of groups of samples: 1 pass per probe, 2 for alignment.
 
-    A probe is a vector of random signs u. Group g of the samples gives the gradient w_g^k = sum_(b in g) J_b^T u_b^k of
+    A probe is a vector of random signs u. Group g of the samples has the gradient w_g^k = sum_(b in g) J_b^T u_b^k in
     probe k, and tr Theta = E mean_k sum_g ||w_g^k||^2. ||Theta||_F^2 = E [mean_(k, l) sum_(g != h) <w_g^k, w_h^l>^2 +
-    mean_(k != l) sum_g <w_g^k, w_g^l>^2]; the cross term is likewise. All are unbiased; the square root and the ratios
-    are biased at order 1/k. If only the trace is requested, it is that of :func:`per_sample_trace`, which takes no
+    mean_(k != l) sum_g <w_g^k, w_g^l>^2]; the cross term is analogous. All are unbiased; the square root and the ratios
+    are biased at order 1/k. If only the trace is requested, it is estimated by :func:`per_sample_trace`, which takes no
     inner products.
 
     The variance and its estimate are those of :class:`ntkbench.estimators.standard_errors.PairSums`. Memory is bounded
@@ -283,7 +284,7 @@ class StratifiedUStatistics(Accumulating):
         return least_probes(metric, self.groups(problem.N), problem.n, error)
 
     def worthwhile_probes(self, problem: Problem) -> float:
-        """K at which inner products, (K g)^2 P operations, are as many as :func:`dear` times those of the passes."""
+        """K at which inner products, (K g)^2 P operations, take :func:`dear` times the operations of the passes."""
         g = self.groups(problem.N)
         return dear(g) * operations.of_pass(problem) / (g**2 * problem.P)
 
@@ -334,7 +335,7 @@ class StratifiedUStatistics(Accumulating):
 
 
 ROWS = 8
-"""Smallest ratio of the memory to the rows of samples that are taken exactly."""
+"""Smallest ratio of the memory to the rows of the exact samples."""
 
 
 def _elsewhere(exact: np.ndarray, j: JacobianOperator, like: Array) -> Array:
@@ -345,17 +346,17 @@ def _elsewhere(exact: np.ndarray, j: JacobianOperator, like: Array) -> Array:
 
 
 class OutliersApart(Accumulator):
-    """U-statistics, with the samples that have most of the trace taken exactly if there are few of them.
+    """U-statistics in which the samples that have most of the trace are treated exactly, if these are few.
 
-    From :data:`LEAST_WITH_PILOT` probes on, one is spent on the samples' shares of the trace. An exact sample takes
-    O / N of a pass, once. Probes that were drawn before are discarded if there are exact samples.
+    If there are at least :data:`LEAST_WITH_PILOT` probes, one is spent on the samples' shares of the trace. An exact
+    sample takes O / N of a pass, once. If there are exact samples, probes that were drawn before are discarded.
 
     Args:
         N: samples.
         O: outputs of a sample.
-        made: U-statistics of all samples but some, from their indices and rows of J.
-        shares: shares of the trace by one probe, ``[N]``.
-        rows: rows of J of some samples, for each operator.
+        made: makes the U-statistics of all samples but the exact ones, from their indices and rows of J.
+        shares: estimates the shares of the trace by one probe, ``[N]``.
+        rows: computes the rows of J of some samples, for each operator.
         max_exact: maximum number of exact samples.
     """
 
@@ -423,7 +424,7 @@ class OutliersApart(Accumulator):
 
 
 LEAST_WITH_PILOT = 8
-"""Number of probes from which on one is spent on the choice of exact samples."""
+"""Smallest number of probes with which one is spent on the choice of exact samples."""
 
 
 def _least_bytes(

@@ -45,7 +45,7 @@ class WideHeadMethod(Method):
         return operations.by_layers(problem, metric, min(passes, outputs), shorter=True)
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """The orthonormal factors of the head's weights, and what their QR factorisation copies."""
+        """The orthonormal factors of the head's weights, and the copies that their QR factorisation makes."""
         from ntkbench import metrics
         from ntkbench.methods.base import head, tied_head
 
@@ -98,7 +98,7 @@ def share(problem: Problem, metric: str) -> float:
 def for_head(problem: Problem, by_width: Mapping[int, float]) -> float | None:
     """The entry for the head in a mapping by the widths of candidates; ``None`` if it is empty.
 
-    Other layers may have a width that divides the outputs by chance. Where the outputs of all positions are flattened,
-    the head is taken to be the last candidate.
+    Other layers may have a width that divides the outputs by chance. If the outputs of all positions are flattened, the
+    last candidate is taken as the head.
     """
     return by_width.get(problem.output_shape[-1], next(reversed(list(by_width.values())), None))

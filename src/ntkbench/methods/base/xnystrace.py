@@ -15,13 +15,14 @@ from ntkbench.operators import JacobianOperator, Rng
 class FactoredXNysTrace(FixedBudget):
     """XNysTrace of G = A^T A, with A = J^T or J: k products with A and k with A^T; unbiased.
 
-    The estimate is the mean over i of tr G_i + c_i u_i^T (G - G_i) u_i, with the Nystrom approximation G_i from all of
+    The estimate is the mean over i of tr G_i + c_i u_i^T (G - G_i) u_i, where the Nystrom approximation G_i uses all of
     the k Gaussian probes U except u_i. The factor c_i puts the component of u_i outside the span of the others on the
     sphere of radius sqrt(dim - k + 1). With F = A U = Q R, G_i = A^T Q_i Q_i^T A for Q_i = orth(F without column i).
-    Its trace is ||A^T Q||_F^2 - ||A^T Q s_i||^2, with s_i = R^{-T} e_i normalised, and the residual is 1 / (M^{-1})_ii,
-    M = F^T F. So no product with G is needed. Without c_i this is also the estimate of ||A||_F^2 by leave-one-out
+    Its trace is ||A^T Q||_F^2 - ||A^T Q s_i||^2, with s_i = R^{-T} e_i normalised, and the residual is 1 / (M^{-1})_ii
+    with M = F^T F. So no product with G is needed. Without c_i this is also the estimate of ||A||_F^2 by leave-one-out
     projections (XRowNorm summed over rows). The standard error includes the covariance of the k estimates (see
-    :func:`ntkbench.estimators.deflation.leave_one_out`). Exact once k exceeds the rank of Theta. Holds k gradients.
+    :func:`ntkbench.estimators.deflation.leave_one_out`). Exact once k exceeds the rank of Theta. Holds up to 3k vectors
+    of length P.
 
     Attributes:
         side: ``reverse`` for A = J^T, ``forward`` for A = J.

@@ -9,5 +9,6 @@ base.py            the operator, without its loops over time
 torch.py, jax.py   the operator in each backend: its loops over time
 torch_trajectory.py, jax_trajectory.py
                    the forward pass in each backend
+graphs.py          products replayed as CUDA graphs
 state_kernel.py    the factors K and P of the state NTK
 """

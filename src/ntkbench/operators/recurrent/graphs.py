@@ -1,4 +1,4 @@
-"""Products on a GPU, replayed as CUDA graphs: loops over time launch many kernels, which run shorter than a launch.
+"""Products on a GPU, replayed as CUDA graphs: loops over time launch many kernels that are shorter than their launches.
 
 The first calls of a function on arrays of given shapes run normally. Then one call is recorded, which takes as long as
 several calls. Further calls copy their arrays to the buffers of the recorded kernels and replay them.
@@ -20,7 +20,7 @@ LARGEST = 2**30
 PLAIN = 2
 """Number of calls before one is recorded."""
 NEVER = -(2**62)
-"""The number of calls of a function that could not be recorded; it stays below :data:`PLAIN`."""
+"""Count of calls for a function that could not be recorded; it stays below :data:`PLAIN`."""
 MOST = 1024
 """Number of kinds of calls that are remembered."""
 HELD = 2**32

@@ -97,7 +97,7 @@ class TorchLoops:
             if step.emit is not None and step.emit_gate is not None:
                 h = (step.emit[t, :, None] * s).addcmul_(step.emit_gate[t, :, None], z[..., -H:])
             elif step.slope is not None:
-                h = s.clone()  # what is sent on is scaled in place
+                h = s.clone()  # the vector sent on is scaled in place
             out[:, :, t] = h.transpose(0, 1)
         return out
 

@@ -123,7 +123,7 @@ def with_more(module: nn.Module, x1: Tensor, inputs: Any) -> tuple[nn.Module, Te
 
 
 def restricted(problem: Problem, patterns: str | Sequence[str]) -> Problem:
-    """The problem with theta restricted to the parameters of some names; all others are frozen.
+    """The problem with theta restricted to the parameters that match some names; all others are frozen.
 
     Args:
         patterns: one or several names of parameters or modules, or patterns of such names with ``*`` and ``?``. A

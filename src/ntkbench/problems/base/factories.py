@@ -1,4 +1,4 @@
-"""Problems of user functions that a configuration names; see :func:`ntkbench.factory.as_problems`."""
+"""Problems from user functions that a configuration names; see :func:`ntkbench.factory.as_problems`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ntkbench.problems.base.calls import as_module
 
 PACKAGE = Path(__file__).parents[2]
 INSTALLED = {"site-packages", "dist-packages"}
-"""Folders of installed packages, those of the user and of the system among them."""
+"""Names of folders with installed packages, of the user or of the system."""
 
 
 def definition(factory: str, folder: str, known: Mapping[str, Any]) -> Definition:
@@ -33,7 +33,7 @@ def definition(factory: str, folder: str, known: Mapping[str, Any]) -> Definitio
 
     Raises:
         BadInput: there is no such function, or what it returns cannot be used.
-        NtkbenchError: it differs from what is known; says in what.
+        NtkbenchError: it differs from what is known; says how.
     """
     for file, digest in known["files"].items():
         if _digest(Path(file)) != digest:

@@ -398,7 +398,7 @@ def _cast(arrays: Mapping[str, np.ndarray], dtype: str) -> Arrays:
 
 
 def _dtype(theta: Arrays, dtype: str | None) -> str:
-    """The precision to work in."""
+    """The precision to compute in."""
     if dtype is not None:
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)

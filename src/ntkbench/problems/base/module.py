@@ -311,7 +311,7 @@ def unusual(x: Tensor) -> str:
 
 
 def _dtype(model: nn.Module, dtype: str | None) -> str:
-    """The precision to work in; checks the types of the model and its parameters."""
+    """The precision to compute in; checks the types of the model and its parameters."""
     if not isinstance(model, nn.Module):
         raise BadInput(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(nn.parameter.is_lazy(w) for w in model.parameters()):

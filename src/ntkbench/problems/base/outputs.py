@@ -14,7 +14,7 @@ def change_by_training(problem: Problem, device: str = "cpu") -> np.ndarray:
 
     Args:
         problem: one with trained weights and a network in torch.
-        device: where they run.
+        device: device of the forward passes.
 
     Raises:
         BadInput: there are no trained weights.

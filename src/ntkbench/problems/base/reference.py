@@ -39,7 +39,7 @@ OPERATIONS = 1e16
 
 
 def exact(problem: Problem) -> dict[str, float]:
-    """Metric to exact value, from ``results/reference``, the cache, or computed now (and cached).
+    """Exact values by metric, from ``results/reference``, from the cache, or computed now (and cached).
 
     Raises:
         NoExactValue: it cannot be computed.
@@ -61,7 +61,7 @@ def exact(problem: Problem) -> dict[str, float]:
 
 
 def of_kernel(problem: Problem) -> dict[str, float]:
-    """Metric of the whole kernel to exact value, from the cache, or computed now (and cached).
+    """Exact values of the metrics of the whole kernel, from the cache, or computed now (and cached).
 
     The condition number is missing where the smallest eigenvalue may be zero, the regression error where there are no
     trained weights, or Theta does not fit in :data:`MEMORY`. Cost: a backward pass for each row of J, the decomposition

@@ -21,8 +21,9 @@ from ntkbench.problems.base.module import from_module, same_samples
 
 
 def wrapped(model: nn.Module, x: Tensor, model_f: nn.Module | None = None, *, dtype: str | None = None) -> Problem:
-    """:func:`from_recurrent` for a network that declares a recurrence, else ``from_module``; torch's other recurrent
-    layers give their outputs at all steps.
+    """:func:`from_recurrent` for a network that declares a recurrence, else ``from_module``.
+
+    Torch's other recurrent layers give their outputs at all steps.
     """
     network, network_f, sequences = by_trial(model, x, model_f)
     if isinstance(network, nn.Module) and declares(network):

@@ -206,7 +206,7 @@ class Given(Training):
 
 @dataclass(frozen=True)
 class OnTask(Training):
-    """Full-batch Adam with clipped gradients on trials of a task, of one length after another, each until ``loss``.
+    """Full-batch Adam with clipped gradients on trials of a task, one length after another, each until ``loss``.
 
     Attributes:
         task: a key of :data:`ntkbench.data.tasks.TASKS`.
@@ -274,7 +274,7 @@ def course(
     learning_rate: float = LEARNING_RATE,
     clip: float = CLIP,
 ) -> Iterator[tuple[int, float]]:
-    """Train in place on all trials at once; yields the same as :func:`descent`.
+    """Train in place on all trials at once; yields steps and losses like :func:`descent`.
 
     Runs in float64, so that rounding differences between machines stay far below the float32 precision of the result.
 

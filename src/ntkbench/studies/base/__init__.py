@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Row = dict[str, Any]
 COUNTS = ("seeds", "calls")
-"""Columns of every row: seeds behind its numbers, and timed calls behind its seconds."""
+"""Columns of every row: the number of seeds, and the number of timed calls."""
 
 
 def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> Row:
@@ -50,7 +50,7 @@ def row(case: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> Ro
         made = json.loads(json.dumps(made, default=journals.plain))  # the same as a row from the journal
     except (Exception, SystemExit) as error:  # the other rows are kept
         made = {**case, **outcomes.of_exception(error).columns()}
-    if made["status"] != outcomes.OK:  # memory may be known of what was not run
+    if made["status"] != outcomes.OK:  # a row that was not run may still have its memory
         made = {name: value for name, value in made.items() if name not in COUNTS}
     seconds = time.perf_counter() - start
     if kept:
@@ -70,7 +70,7 @@ def rows(
     Args:
         case: as in :func:`row`.
         measure: returns the other columns of each row.
-        parts: the rows' own columns if the measurement fails; each of these rows has its reason.
+        parts: the rows' own columns if the measurement fails; each of these rows has the reason.
     """
     made = row(case, lambda: {"rows": measure()})
     return [{**made, **own} for own in made.pop("rows", parts)]
@@ -147,7 +147,7 @@ def in_turn(case: Mapping[str, Any], turns: Sequence[Turn], rounds: int) -> list
 class Once(Generic[T]):
     """A set-up that several rows share, made at the first call; if it fails, every call fails with the same exception.
 
-    A set-up that fails is therefore not tried again for each row, and each of these rows has its reason.
+    A failed set-up is therefore not tried again for each row, and each of these rows has the reason.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:
@@ -179,7 +179,7 @@ def methods_and_problems() -> tuple[str, ...]:
 
 
 def preparing(problem: Problem, target: Target) -> Callable[[Method], Any]:
-    """A function that makes methods ready for a problem, each once; methods that prepare the same thing share it."""
+    """A function that prepares each method for a problem once; methods with the same preparation share it."""
     made: dict[str, Any] = {}
 
     def prepare(method: Method) -> Any:

@@ -1,4 +1,4 @@
-"""Computations compared side by side, other than methods: blocks of products with the Jacobian, a blog's recipe."""
+"""Computations other than methods that are compared: blocks of products with the Jacobian, and a blog's recipe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _block(
 
 
 def _block_by_trial(problem: Problem, target: Target) -> Callable[[], float]:
-    """As many JVPs, each with a tangent of its own for each trial."""
+    """A block of JVPs, each with a separate tangent for each trial."""
     j = linearise(problem, "theta_0", target)
     tangents = j.rng(0).sign(BLOCK * j.N, j.P).reshape(BLOCK, j.N, j.P)
     return lambda: float(j.sample_jvp(slice(0, j.N), tangents)[-1, -1, -1])
@@ -45,7 +45,7 @@ def _alignment(problem: Problem, target: Target) -> Callable[[], float]:
 
 
 def _alignment_by_torch_func(problem: Problem, target: Target) -> Callable[[], float]:
-    """The same recipe as run by its authors: vmapped VJPs and JVPs of the states of torch's own layer."""
+    """The same recipe as its authors run it: vmapped VJPs and JVPs of the states of torch's own layer."""
     import torch
     from torch.func import functional_call, jvp, vjp, vmap
 

@@ -34,7 +34,7 @@ PLUGINS = (*(f"ntkbench.methods.{name}" for name in METHODS), *(f"ntkbench.probl
 ONE_BY_ONE = "direct_one_by_one"
 """The baseline as the paper's script runs it."""
 POWERS = {"norm": 2}
-"""Powers of the metrics in the paper's errors."""
+"""Power of a metric whose error the paper reports, where it is not 1."""
 
 
 class Settings(base.Settings):
@@ -88,7 +88,7 @@ def stochastic(
     first_seed: int = 0,
     **columns: Any,
 ) -> Iterator[base.Row]:
-    """A row for each number of samples: errors and seconds over seeds, which differ between numbers of samples.
+    """A row for each number of samples: errors and seconds over seeds, with different seeds for each number.
 
     ``effective_rank`` is that of the exact Theta at the initial weights.
 

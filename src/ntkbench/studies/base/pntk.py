@@ -1,4 +1,4 @@
-"""How well kernels between samples approximate Theta: measures of the studies of the pNTK (Mohamadi et al. 2023)."""
+"""How well kernels between samples approximate Theta: measures for the pNTK studies (Mohamadi et al. 2023)."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class Kernel:
         share: part of ||Theta||_F^2 between samples, from 0 to 1 - 1 / N.
 
     Raises:
-        BadInput: one of them is out of range.
+        BadInput: an attribute is out of range.
     """
 
     N: int
@@ -131,7 +131,7 @@ class Kernel:
             powers = np.exp(log_ratio * np.arange(self.O))
             return math.log(powers.sum() ** 2 / (powers**2).sum() / self.rank)
 
-        powers = np.exp(brentq(excess, -80.0, 0.0) * np.arange(self.O))  # -80 is a rank of 1 to the last bit
+        powers = np.exp(brentq(excess, -80.0, 0.0) * np.arange(self.O))  # -80 gives a rank of 1 to the last bit
         return powers * self.O / powers.sum()
 
     @functools.cached_property
@@ -176,7 +176,7 @@ class Kernel:
         return math.sqrt(8 * single / passes + pairs) / (2 * theta.square)
 
     def problem(self, width: int, depth: int) -> Problem:
-        """A network with this kernel: a linear layer that is trained, frozen orthogonal ones, and a frozen readout.
+        """A network with this kernel: a trainable linear layer, frozen orthogonal ones, and a frozen readout.
 
         The orthogonal layers do not change the kernel, and make a pass as expensive as that of a deep network.
 

@@ -71,8 +71,8 @@ def engine_flops(module: nn.Module, x: np.ndarray) -> float:
     """Operations of matrix products and convolutions of our whole layerwise kernel, as one block of rows.
 
     One sample's forward pass is run to trace the network; the kernel itself is not, and nothing of its size is
-    allocated: its program goes through torch's fake tensors, which have shapes and no entries. As for the lowered
-    programs, there is no memory limit; a kernel in blocks would repeat the passes of its columns for each block.
+    allocated: its program runs on torch's fake tensors, which have shapes and no entries. As for the lowered programs,
+    there is no memory limit; a kernel in blocks would repeat the passes of its columns for each block.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -124,7 +124,7 @@ def timed_program(
 
 
 def timed_engine(module: nn.Module, x: np.ndarray, target: Target, calls: int) -> dict[str, Any]:
-    """The same columns for our layerwise kernel; memory is what a call adds at its peak, and its arguments."""
+    """The same columns for our layerwise kernel; memory is the peak increase of a call plus its arguments."""
     kernel, parameters, inputs = engine(module, x, target)
 
     def call() -> float:

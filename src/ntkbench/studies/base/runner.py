@@ -28,7 +28,7 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
     """Measure a study; its table goes to ``output``, even if rows fail.
 
     Finished rows are kept in a journal beside it. A separate process measures. If a row exceeds a limit, or the process
-    dies, that row has the reason, and another process continues with the next row.
+    dies, that row gets the reason, and another process continues with the next row.
 
     Raises:
         BadInput: the configuration has no such study.
@@ -71,7 +71,7 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
 class _Clock:
     """The time limit of a study's process: ``limits.time_s`` for a row, from its start.
 
-    Before the first row and between rows, while the process imports and makes problems, it is ``limits.problem_s``.
+    Before the first row and between rows, while the process imports and builds problems, it is ``limits.problem_s``.
     """
 
     def __init__(self, child: psutil.Process, file: Path, limits: Limits) -> None:
@@ -138,7 +138,7 @@ def _write(config: Config, name: str, output: Path, rows: list[dict[str, Any]]) 
 
 
 def _whence(chosen: Settings) -> dict[str, object]:
-    """Where rows that are made now come from: code, versions, machine and device."""
+    """Provenance of new rows: code, versions, machine and device."""
     return {**provenance().columns(), "device": operators.device_name(chosen.target())}
 
 
