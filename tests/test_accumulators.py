@@ -168,6 +168,9 @@ def test_what_does_not_fit_is_processed_in_chunks(dim, strata):
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 1.0, 4.0])
 def test_memory_stays_within_the_budget(strata, dim, moments, batches, share):
     """Down to the stated minimum; NumPy's allocations are counted."""
+    one_by_one = share == 0.0 or (share, dim) == (0.02, 500)
+    if one_by_one and strata == 30 and batches != (4,):
+        strata = 8  # as every two strata are a step of their own: 36 steps for a group of probes, not 465
     operators = 1 if moments == MOMENTS[:2] else 2
     sizes = PairBytes(strata, operators, len(moments) - 1, 8, dim)
     memory = max(sizes.least(), int(share * sizes.whole(8)))

@@ -461,12 +461,6 @@ def unsettled() -> nn.Linear:
     return layer
 
 
-def trained_stats() -> nn.Sequential:
-    model = convnet()
-    model(IMAGES)
-    return model.eval()
-
-
 def test_bad_input_is_a_value_error():
     with pytest.raises(ValueError, match="passes"):
         ntkbench.trace(net(), X, passes=0)

@@ -86,11 +86,16 @@ def case(name):
     return kernel, other, {key: float(each) for key, each in kernel.metrics(other, method="direct").items()}
 
 
+@functools.cache
+def estimated(name, metric, seed, rtol, **wishes):
+    """An estimate of a network's metric, computed once for all comparisons that it takes part in."""
+    kernel, other, _ = case(name)
+    return getattr(kernel, metric)(*arguments(other, metric), seed=seed, rtol=rtol, **wishes)
+
+
 def runs(name, metric, seeds=SEEDS, rtol=None, **wishes):
-    kernel, other, exact = case(name)
-    found = [
-        getattr(kernel, metric)(*arguments(other, metric), seed=seed, rtol=rtol, **wishes) for seed in range(seeds)
-    ]
+    exact = case(name)[2]
+    found = [estimated(name, metric, seed, rtol, **wishes) for seed in range(seeds)]
     errors = np.array([float(each) / exact[metric] - 1 for each in found])
     reached = rtol is None or all(each.relative_width() <= rtol for each in found)
     return Runs(float(np.sqrt(np.mean(errors**2))), float(np.mean([each.passes for each in found])), reached)

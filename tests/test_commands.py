@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from ntkbench import BadInput, figures, paths
 from ntkbench.cli import main
-from ntkbench.measure import cells, view
+from ntkbench.measure import cells, fingerprints, glance, view
 from ntkbench.measure.config import Config
 
 TABLE = pd.DataFrame(
@@ -118,6 +118,8 @@ def test_every_command_takes_a_configuration_without_a_grid(tmp_path, monkeypatc
     assert {"check", "pending", "run"} <= set(TAKE_A_CONFIGURATION)
     called = []
     monkeypatch.setattr(os, "execv", lambda program, command: called.append(command))
+    monkeypatch.setattr(glance, "warnings", lambda *_: [])  # neither is quick for so many cells
+    monkeypatch.setattr(fingerprints, "cell", lambda *_: "")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "part.yaml").write_text("profile: mine\nseeds: 5\n", encoding="utf-8")
     done = CliRunner().invoke(main, [name, "part.yaml"])
@@ -129,6 +131,7 @@ def test_every_command_takes_a_configuration_without_a_grid(tmp_path, monkeypatc
 
 def test_a_check_reports_the_work_left_and_how_long_it_took_before(tmp_path, monkeypatch):
     default = paths.ROOT / "config" / "default.yaml"
+    monkeypatch.setattr(glance, "warnings", lambda *_: [])
     monkeypatch.chdir(tmp_path)
     said = CliRunner().invoke(main, ["check", str(default)]).output.splitlines()
     took = pd.read_csv(paths.REFERENCE / "default" / "timings.csv")["seconds"].sum()
@@ -161,11 +164,6 @@ def test_the_report_of_a_folder_of_tables(tmp_path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert 'id="novak_flops"' in page and 'href="figures/novak_flops.csv"' in page
     assert (tmp_path / "figures" / "novak_flops.pdf").exists()
-    alone = tmp_path / "elsewhere" / "page.html"
-    assert CliRunner().invoke(main, ["report", str(tmp_path), "--output", str(alone), "--alone"]).exit_code == 0
-    assert [file.name for file in alone.parent.iterdir()] == ["page.html"] and "figures/" not in alone.read_text(
-        "utf-8"
-    )
 
 
 def test_a_report_of_several_folders_takes_a_table_from_the_first_that_has_it(tmp_path):
@@ -181,8 +179,12 @@ def test_a_report_of_several_folders_takes_a_table_from_the_first_that_has_it(tm
     assert "Machine: first." in page and "Machine: second." not in page
     assert 'href="first/studies/novak_flops.csv"' in page and "second/studies" not in page
     assert "Verdicts are by these tables: " in page and "first: study novak flops" in page
+    # It is alone: no folder of figures is kept.
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["first", "report.html", "second"]
+    assert "figures/" not in page
 
 
+@pytest.mark.slow
 def test_draw_reads_no_other_tables_of_the_folder(tmp_path):
     """The others may be of an earlier run, with other code or another configuration."""
     studies = tmp_path / "studies"
@@ -191,7 +193,7 @@ def test_draw_reads_no_other_tables_of_the_folder(tmp_path):
     kept.write_bytes((paths.REFERENCE / "paper_cpu" / "studies" / "novak_flops.csv").read_bytes())
     for other in (tmp_path / "table.csv", studies / "training.csv"):
         other.write_text("an older table\n", encoding="utf-8")
-    page = tmp_path / "page.html"
+    page = tmp_path / "elsewhere" / "page.html"
     given = ("--title", "Some", "--figures", str(tmp_path / "figures"), "--output", str(page))
     done = CliRunner().invoke(main, ["draw", str(kept), *given])
     assert done.exit_code == 0 and done.output.splitlines() == ["novak_flops: ok"], done.output

@@ -24,6 +24,7 @@ def table() -> pd.DataFrame:
     return studies.run("cost_model", studies.settings("cost_model", given))
 
 
+@pytest.mark.slow
 def test_a_row_has_predicted_and_measured_costs(table):
     assert set(table["method"]) == set(NAMES) - {"xtrace"}, "xtrace gives no norm"
     assert set(table["status"]) == {"ok"}, table["reason"].tolist()
@@ -33,6 +34,7 @@ def test_a_row_has_predicted_and_measured_costs(table):
     assert table["predicted_operations"].tolist() == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_large_predicted_bytes_are_near_the_measured_ones(table):
     """Within a factor of 4, above 4 MiB: smaller peaks are hidden by other memory of the process."""
     large = table[table["memory_bytes"] > 4 * 2**20]

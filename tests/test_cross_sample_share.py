@@ -91,6 +91,7 @@ def test_one_row_for_each_network_run_and_step(table):
         assert runs["factor"].nunique() == 2, "two initialisations are one"
 
 
+@pytest.mark.slow
 def test_the_first_row_matches_theta_by_plain_autograd(table):
     network = initialisation.seeded(digit_networks.NETWORKS["mlp"], 1).double()
     rows = [
@@ -104,6 +105,7 @@ def test_the_first_row_matches_theta_by_plain_autograd(table):
         assert row[column] == pytest.approx(value, rel=1e-6), column
 
 
+@pytest.mark.slow
 def test_measured_variances_have_the_predicted_ratio(table):
     seen = table[table["measured"].notna()]
     assert len(seen) == 4
@@ -123,6 +125,7 @@ def test_steps_that_do_not_rise_from_zero_are_refused(steps):
         studies.settings(NAME, TINY | {"steps": steps})
 
 
+@pytest.mark.slow
 def test_the_figure_states_the_numbers_of_the_table(table, tmp_path):
     known = table.assign(factor=np.where(table["step"] == 0, 20.0, np.where(table["step"] == 8, 5.0, 10.0)))
     made = figures.draw(NAME, known, tmp_path)
@@ -138,6 +141,7 @@ def test_the_figure_states_the_numbers_of_the_table(table, tmp_path):
     assert "20 times smaller before training, 5 after 8 steps, at an accuracy of " in drawing.title
 
 
+@pytest.mark.slow
 def test_the_figure_is_drawn_without_measured_variances_or_rows(table, tmp_path):
     few = table[(table["network"] == "mlp") & (table["init"] == 1)].drop(columns=["measured", "measured_low"])
     assert "ratio of variances is" not in figures.draw(NAME, few, tmp_path)[1].read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -37,6 +38,7 @@ def prepared(name: str, label: str = "tanh_net", backend: str = "torch", dtype: 
     return methods.get(name).prepare(loaded(label), Target(backend, dtype, "cpu", memory))
 
 
+@functools.cache
 def truth(label: str) -> dict[str, float]:
     J, J_f = written_out(loaded(label)), written_out(loaded(label), "theta_f")
     return metrics_of(J @ J.T, J_f @ J_f.T)
@@ -128,10 +130,10 @@ def test_variance_of_the_per_sample_trace_is_that_of_the_formula(name):
     estimate = methods.get(name).estimate(prepared(name), "trace", 20_000, 0)
     assert estimate.standard_error**2 == pytest.approx(expected, rel=0.15)
     assert abs(estimate.value - truth("tanh_net")["trace"]) < 4 * estimate.standard_error
-    values, errors = estimates(name, "trace", 2, 3000)
+    values, errors = estimates(name, "trace", 2, 1500)
     errors = np.nan_to_num(errors)  # two probes of two outputs are often equal, and their error is then unknown
-    assert values.var(ddof=1) == pytest.approx(expected * 10_000, rel=0.15)
-    assert (errors**2).mean() == pytest.approx(expected * 10_000, rel=0.15)
+    assert values.var(ddof=1) == pytest.approx(expected * 10_000, rel=0.2)
+    assert (errors**2).mean() == pytest.approx(expected * 10_000, rel=0.2)
 
 
 @pytest.mark.slow
@@ -199,26 +201,26 @@ def test_probes_in_the_null_space_do_not_show_that_theta_is_zero(name):
         pytest.skip("has no metric that is a ratio")
     problem = ntkbench.from_module(Opposite(0.5), torch.ones(1, 1), Opposite(2.0), dtype="float64")
     J, J_f = written_out(problem), written_out(problem, "theta_f")
-    exact, tried = metrics_of(J @ J.T, J_f @ J_f.T), 0
+    exact, tried, ready = metrics_of(J @ J.T, J_f @ J_f.T), 0, None
     for metric in ("norm", "effective_rank", "alignment"):
         for probes in (method.fewest_probes, method.fewest_probes + 1):
             passes = max(method.cost(metric, probes), method.least_passes(problem, metric))
             if method.unsupported_reason(problem, metric, target, passes):
                 continue
-            prepared = method.prepare(problem, target)
-            for seed in range(24):
+            ready = ready or method.prepare(problem, target)
+            for seed in range(12):
                 tried += 1
                 try:
-                    found = method.estimate(prepared, metric, passes, seed)
+                    found = method.estimate(ready, metric, passes, seed)
                 except Undefined as error:
                     assert "too few to show that Theta is zero" in str(error)
                     continue
                 if found.standard_error == 0:
                     assert found.value == pytest.approx(exact[metric], rel=1e-6), (metric, probes, seed)
         if isinstance(method, Incremental) and not method.unsupported_reason(problem, metric, target, 4096):
-            missed = 0
+            ready, missed = ready or method.prepare(problem, target), 0
             for seed in range(24):
-                found = method.estimates(method.prepare(problem, target), (metric,), 4096, seed, 0.5)[metric]
+                found = method.estimates(ready, (metric,), 4096, seed, 0.5)[metric]
                 missed += abs(found.value - exact[metric]) > 0.5 * exact[metric]
             assert missed <= 4  # of 24, where one is expected
     if not tried:
@@ -272,10 +274,10 @@ def test_pair_sums_match_their_definition():
 
 
 @pytest.mark.parametrize("name", ["block_u_statistics", "group_u_statistics"])
-@pytest.mark.parametrize("K", [2, 3, 4, 6])
+@pytest.mark.parametrize("K", [2, 4])
 @pytest.mark.slow
 def test_standard_errors_of_few_probes_are_calibrated(name, K):
-    """Unbiased from four probes on; with two or three an upper bound that is not absurd."""
+    """Unbiased from four probes on; with fewer an upper bound that is not absurd."""
     values, errors = estimates(name, "norm", K, 200, "wide")
     ratio = (errors**2).mean() / values.var(ddof=1)
     assert 0.75 < ratio < (1.35 if K >= 4 else 3)
@@ -301,7 +303,7 @@ def test_more_groups_mean_less_variance_at_the_same_passes(monkeypatch):
     spread = []
     for groups in (1, 8, 40):
         monkeypatch.setattr(GroupUStatistics, "max_groups", groups)
-        spread.append(estimates("group_u_statistics", "norm", 4, 100, "wide")[0].std())
+        spread.append(estimates("group_u_statistics", "norm", 4, 50, "wide")[0].std())
     assert spread[0] > 1.5 * spread[1] > 1.5 * spread[2]
 
 

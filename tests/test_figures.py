@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import math
 import multiprocessing.context
 import re
@@ -24,7 +25,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from ntkbench import figures, methods
 from ntkbench.errors import BadInput
 from ntkbench.figures import hazelden_blog, hazelden_speedup
-from ntkbench.figures.plotting import base, canvas, claims, labels, report, styles, tasks
+from ntkbench.figures.plotting import base, canvas, claims, files, labels, report, styles, tasks
+from ntkbench.measure import laws
 from ntkbench.paths import REFERENCE
 
 BOTH, TORCH, JAX = ("torch", "jax"), ("torch",), ("jax",)
@@ -487,10 +489,12 @@ def test_an_estimate_pays_where_the_exact_method_takes_longer(table, factor, pay
 def test_same_table_same_bytes(drawn, table, tmp_path):
     """Also after the table was written to a file, and in another process with another hash seed."""
     table.to_csv(tmp_path / "table.csv", index=False)
-    command = [sys.executable, "-m", "ntkbench", "draw", tmp_path / "table.csv", "--title", "all"]
-    command += ["--figures", tmp_path / "figures", "--output", tmp_path / "page.html"]
-    subprocess.run(command, check=True)
-    for path in drawn["exact_cost"] + drawn["error_against_passes"]:
+    names = ("exact_cost", "error_against_passes")
+    code = "import sys; from pathlib import Path; from ntkbench import figures; "
+    code += "from ntkbench.figures.plotting import files; source, folder, *names = sys.argv[1:]; "
+    code += "[figures.draw(name, files.read(Path(source)), Path(folder)) for name in names]"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "table.csv", tmp_path / "figures", *names], check=True)
+    for path in (path for name in names for path in drawn[name]):
         assert path.read_bytes() == (tmp_path / "figures" / path.name).read_bytes()
     again = figures.draw("method_map", table, tmp_path)
     assert [a.read_bytes() for a in again] == [b.read_bytes() for b in drawn["method_map"]]
@@ -566,6 +570,12 @@ def source(table):
     return of
 
 
+@pytest.fixture
+def few_reruns(monkeypatch):
+    """A short bootstrap, for tests of what can be drawn."""
+    monkeypatch.setattr(laws, "RERUNS", 20)
+
+
 def words(table):
     """Columns of text, other than those whose values figures interpret."""
     free = ("title", "reason", "notes", "machine", "problem", "family", "loss_title", "spectrum", "network", "task")
@@ -590,21 +600,21 @@ def degenerate(table):
     numbers = table.select_dtypes("number").columns
     ok = table[table["status"] == "ok"]
     odd = dict.fromkeys(words(table), ODD)
+    failed = table.assign(status=np.where(table.index % 2, "failed", table["status"]), reason=ODD)
     return {
         "one row": ok.iloc[:1],
         "another row": ok.iloc[-1:],
-        "not a number": ok.assign(**dict.fromkeys(numbers, np.nan)),
-        "infinite": ok.assign(**dict.fromkeys(numbers, np.inf)),
+        "not finite": ok.assign(**dict(zip(numbers, itertools.cycle((np.nan, np.inf, -np.inf)), strict=False))),
         "zero": ok.assign(**dict.fromkeys(numbers, 0)),
         "odd words": table.assign(**odd),
-        "every other row failed": table.assign(status=np.where(table.index % 2, "failed", table["status"]), reason=ODD),
-        "further columns": ok.iloc[:40].assign(calls=3, value_q25=np.nan, later=ODD),
+        "every other row failed, and further columns": failed.assign(calls=3, value_q25=np.nan, later=ODD),
     }
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.filterwarnings("ignore:Glyph", "ignore:.*identical", "ignore:Attempt to set non-positive")
 @pytest.mark.filterwarnings("ignore:Data has no positive values")
+@pytest.mark.usefixtures("few_reruns")
 @pytest.mark.slow
 def test_every_figure_draws_degenerate_tables(name, source):
     """A table may be refused in one line, and no other error may be raised."""
@@ -697,21 +707,25 @@ def test_no_text_is_cut_off_or_overlaps_the_title(name):
 
 
 @pytest.mark.parametrize("name", mostly_slow(ALL, 8))
-def test_tables_without_a_measured_row_say_why(name, source, tmp_path):
+def test_tables_without_a_measured_row_say_why(name, source, tmp_path, monkeypatch):
     table = source(name)
     lost = table.assign(status="failed", reason="$x$ was not there")
     one = pd.DataFrame([{"status": "failed", "reason": "$x$ was not there", "device": "cpu"}])
     for rows, why in ((lost, "$x$ was not there"), (one, "$x$ was not there"), (table.iloc[:0], "no rows")):
-        caption = figures.draw(name, rows, tmp_path)[1].read_text(encoding="utf-8")
+        with monkeypatch.context() as patch:
+            if rows is not lost:  # one picture is enough
+                patch.setattr(files, "METADATA", {})
+            caption = figures.draw(name, rows, tmp_path)[1].read_text(encoding="utf-8")
         assert caption.splitlines()[0].startswith(f"{labels.name_label(name)}. Nothing to show: ")
         assert why in caption.splitlines()[0]
         assert not len(pd.read_csv(tmp_path / f"{name}.csv"))
 
 
-@settings(max_examples=5, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.filterwarnings("ignore:Glyph", "ignore:.*identical", "ignore:Attempt to set non-positive")
+@pytest.mark.usefixtures("few_reruns")
 @pytest.mark.slow
 def test_every_figure_draws_any_part_of_its_table(name, source, data):
     table = source(name)
@@ -860,12 +874,11 @@ def test_no_two_methods_look_alike():
 
 
 def test_figures_import_no_backend_and_listing_them_nothing_heavy():
-    code = "import sys, ntkbench.figures as f; [f.study_of(name) for name in f.names()]; "
-    heavy = "sys.exit(', '.join({'torch', 'jax', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules)) or 0)"
-    subprocess.run([sys.executable, "-c", code + heavy], check=True)
-    code += "import importlib; [importlib.import_module(f'ntkbench.figures.{name}') for name in f.names()]; "
-    backends = "sys.exit(', '.join({'torch', 'jax'} & set(sys.modules)) or 0)"
-    subprocess.run([sys.executable, "-c", code + backends], check=True)
+    code = "import importlib, sys, ntkbench.figures as f; [f.study_of(name) for name in f.names()]; "
+    code += "heavy = {'torch', 'jax', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules); "
+    code += "[importlib.import_module(f'ntkbench.figures.{name}') for name in f.names()]; "
+    code += "sys.exit(', '.join(heavy | {'torch', 'jax'} & set(sys.modules)) or 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_figure_imports_no_other():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -57,7 +57,7 @@ def figure(name, table, folder):
 
 assert not [name for name in sys.modules if name.startswith("ntkbench")]
 for line in sys.stdin:
-    kind, *given = json.loads(line)
+    cache, kind, *given = json.loads(line)
     sys.stdout.flush()
     if pid := os.fork():
         if os.waitpid(pid, 0)[1]:
@@ -65,6 +65,7 @@ for line in sys.stdin:
         continue
     printed, sys.stdout = sys.stdout, sys.stderr
     try:
+        os.environ["NTKBENCH_CACHE"] = cache
         globals()[kind](*given)
         names = (name for name in sys.modules if name.split(".")[0] == "ntkbench")
         print(json.dumps([sys.modules[name].__file__ for name in names]), file=printed, flush=True)
@@ -137,28 +138,22 @@ def imported(tmp_path_factory):
     """Files of ntkbench that the process of each job imported."""
     for label, *_ in CELLS.values():
         reference.exact(problems.load(label))  # as an earlier rule of the pipeline does
-    fresh = tmp_path_factory.mktemp("fresh")
+    fresh, cache = tmp_path_factory.mktemp("fresh"), str(paths.cache())
     jobs = {}
     for key, cell in CELLS.items():
         jobs["cell", key] = ["cell", str(fresh / f"{key}.json"), cell_of(*cell).label]
         Plan(config(), [cell_of(*cell)], {}, fresh).write(fresh / f"{key}.json")
     jobs |= {("study", name): ["study", name, ONE | given] for name, given in (STUDIES | PARTLY).items()}
     jobs |= {("figure", name): ["figure", name, str(DRAWN_FROM / file), str(fresh)] for name, file in FIGURES.items()}
-    found = _run(jobs)
+    jobs = {key: [cache, *job] for key, job in jobs.items()}
     # An empty cache, since recreating weights and exact values imports most.
-    return found | _run({("problem", label): ["problem", label] for label in PROBLEMS}, NTKBENCH_CACHE=str(fresh))
-
-
-def _run(jobs, **environment):
+    jobs |= {("problem", label): [str(fresh), "problem", label] for label in PROBLEMS}
     lines = "".join(json.dumps(job) + "\n" for job in jobs.values())
-    done = subprocess.run(
-        [sys.executable, "-c", PROCESS], input=lines, capture_output=True, text=True, env=os.environ | environment
-    )
+    done = subprocess.run([sys.executable, "-c", PROCESS], input=lines, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     made = [json.loads(line) for line in done.stdout.splitlines()]
-    found = {key: made and named(made) for key, made in zip(jobs, made, strict=True)}
     print(done.stderr)  # why a job that is None failed
-    return found
+    return {key: made and named(made) for key, made in zip(jobs, made, strict=True)}
 
 
 @pytest.mark.parametrize("key", CELLS)
@@ -170,6 +165,7 @@ def test_a_cell_covers_what_its_process_imports_and_nothing_else(imported, key):
 
 
 @pytest.mark.parametrize("label", PROBLEMS)
+@pytest.mark.slow
 def test_a_problem_covers_what_its_process_imports_and_nothing_else(imported, label):
     more = named(files_of_problem(label)) - imported["problem", label]
     assert more == MORE.get(label, set())
@@ -177,16 +173,19 @@ def test_a_problem_covers_what_its_process_imports_and_nothing_else(imported, la
 
 
 @pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.slow
 def test_a_study_covers_what_its_process_imports_and_nothing_else(imported, name):
     assert named(files_of_study(name)) == imported["study", name]
 
 
 @pytest.mark.parametrize("name", PARTLY)
+@pytest.mark.slow
 def test_a_study_names_all_plug_ins_that_it_may_load(imported, name):
     assert named(files_of_study(name)) >= imported["study", name]
 
 
 @pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.slow
 def test_a_figure_covers_what_its_process_imports_and_nothing_else(imported, name):
     assert named(fingerprints.sources(f"ntkbench.figures.{name}")) == imported["figure", name]
 
@@ -242,7 +241,7 @@ EDITS = {
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A copy of the sources, which fingerprints are computed from."""
+    """A copy of the sources, which fingerprints are computed from; tests leave it as it is."""
     folder = tmp_path_factory.mktemp("copy") / "ntkbench"
     shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__"))
     with pytest.MonkeyPatch.context() as patch:
@@ -258,17 +257,28 @@ def all_fingerprints():
     return found | {f"figure {name}": fingerprints.figure(name) for name in FIGURES}
 
 
-def edit(file):
-    with file.open("a") as text:
-        text.write("# edited\n")
+@pytest.fixture(scope="module")
+def before(copy):
+    """All fingerprints of the copy as it is."""
+    return all_fingerprints()
+
+
+@contextlib.contextmanager
+def edited(file, contents=None):
+    """A file with other contents, by default with a line more, for the duration of the context."""
+    whole = file.read_bytes()
+    try:
+        file.write_bytes(whole + b"# edited\n" if contents is None else contents)
+        yield
+    finally:
+        file.write_bytes(whole)
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_changes_what_uses_the_file_and_nothing_else(copy, name):
+def test_an_edit_changes_what_uses_the_file_and_nothing_else(copy, before, name):
     changes, stays = EDITS[name]
-    before = all_fingerprints()
-    edit(copy / name)
-    changed = {key for key, value in all_fingerprints().items() if value != before[key]}
+    with edited(copy / name):
+        changed = {key for key, value in all_fingerprints().items() if value != before[key]}
     for beginning in changes + stays:
         keys = {key for key in before if key.startswith(beginning)}
         assert keys, beginning
@@ -280,10 +290,9 @@ def test_every_file_is_in_the_hash_of_those_that_import_it_and_of_no_other(copy)
     files |= {name: files_of_study(name) for name in STUDIES | PARTLY}
     before = {key: fingerprints._hash(own) for key, own in files.items()}
     for file in sorted(copy.rglob("*.py")):
-        edit(file)
-        after = {key: fingerprints._hash(own) for key, own in files.items()}
+        with edited(file):
+            after = {key: fingerprints._hash(own) for key, own in files.items()}
         assert {key for key in files if after[key] != before[key]} == {key for key in files if file in files[key]}, file
-        before = after
 
 
 def test_only_settings_that_concern_a_cell_count():
@@ -306,8 +315,8 @@ def test_problems_and_methods_in_a_studys_settings_count(copy):
 
     labels = ("fc_relu[N=2,O=2,depth=1,width=4]", "gru_hazelden[N=2]")
     before = [of(label) for label in labels]
-    edit(copy / "problems" / "novak.py")
-    after = [of(label) for label in labels]
+    with edited(copy / "problems" / "novak.py"):
+        after = [of(label) for label in labels]
     assert after[0] != before[0] and after[1] == before[1]
 
 
@@ -332,8 +341,7 @@ def test_committed_weights_count(monkeypatch, tmp_path):
     assert changed == [True, False, True, False]
 
 
-def test_the_versions_of_packages_count_for_what_is_measured(monkeypatch):
-    before = all_fingerprints()
+def test_the_versions_of_packages_count_for_what_is_measured(before, monkeypatch):
     monkeypatch.setattr(fingerprints, "packages", lambda: ("torch 99",))
     changed = {key for key, value in all_fingerprints().items() if value != before[key]}
     assert changed == {key for key in before if key.startswith(("cell", "study"))}
@@ -351,9 +359,10 @@ def test_studies_that_run_methods_in_jax_cover_the_operators_of_jax():
     assert "time_to_error" in found
 
 
-def test_a_broken_file_affects_only_its_users(copy):
-    before = all_fingerprints()
-    (copy / "methods" / "torn.py").write_text("def f(:")
-    (copy / "problems" / "mlp.py").write_bytes(b"\xff")
-    changed = {key for key, value in all_fingerprints().items() if value != before[key]}
+def test_a_broken_file_affects_only_its_users(copy, before):
+    torn = copy / "methods" / "torn.py"
+    torn.write_text("def f(:")
+    with edited(copy / "problems" / "mlp.py", b"\xff"):
+        changed = {key for key, value in all_fingerprints().items() if value != before[key]}
+    torn.unlink()
     assert changed == {"cell exact"} | {key for key in before if key.startswith("study hazelden_blog")}

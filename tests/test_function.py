@@ -10,8 +10,6 @@ import sys
 import numpy as np
 import pytest
 from conftest import metrics_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import ntkbench
 from ntkbench import methods, problems
@@ -231,8 +229,7 @@ def test_kernels_between_samples(kind):
         assert close(way(wide, columns, drawn, kernel.averaged, TARGET), exact), way
 
 
-@given(N=st.integers(1, 4), N2=st.integers(1, 4), K=st.integers(1, 3), memory=st.sampled_from([1, 1000, 2**30]))
-@settings(max_examples=6)
+@pytest.mark.parametrize(("N", "N2", "K", "memory"), [(1, 4, 1, 1), (4, 1, 3, 1000), (3, 2, 2, 2**30)])
 @pytest.mark.slow
 def test_rows_of_any_sizes(N, N2, K, memory):
     f, params, inputs = linear, lambda: W, rows(3)
@@ -286,7 +283,7 @@ ESTIMATED = tuple(
 )
 
 
-@pytest.mark.parametrize("name", ["dicts", "several inputs", "constants"])
+@pytest.mark.parametrize("name", ["several inputs", "constants"])
 @pytest.mark.parametrize("method", EXACT)
 @pytest.mark.slow
 def test_exact_metrics(name, method):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ntkbench.networks import convolutional, fully_connected, mixer, residual, transformer
+from ntkbench.networks.architecture import Architecture
 from ntkbench.networks.initialisation import scaled_normal, seeded
 from ntkbench.options import Target
 from ntkbench.studies import novak_images
@@ -21,11 +22,19 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 SIDE, OUTPUTS = 32, 3
 RESIDUAL = (residual.resnet(18, 2, SIDE), residual.resnet(50, 2, SIDE), residual.wide_resnet(2, SIDE))
-PATCHES = (
-    transformer.of_size("ViT", transformer.Size(patch=16, width=8, layers=2, heads=2, hidden=12), SIDE),
-    mixer.of_size("Mixer", mixer.Size(patch=16, width=8, layers=2, across_tokens=5, across_channels=12), SIDE),
-)
+
+
+def of_patches(layers: int) -> tuple[Architecture, Architecture]:
+    return (
+        transformer.of_size("ViT", transformer.Size(patch=16, width=8, layers=layers, heads=2, hidden=12), SIDE),
+        mixer.of_size("Mixer", mixer.Size(16, width=8, layers=layers, across_tokens=5, across_channels=12), SIDE),
+    )
+
+
+PATCHES, ONE_LAYER = of_patches(2), of_patches(1)
 title = pytest.mark.parametrize("architecture", PATCHES, ids=lambda architecture: architecture.title)
+shallow = pytest.mark.parametrize("architecture", ONE_LAYER, ids=lambda architecture: architecture.title)
+"""For programs that take seconds to compile; :data:`PATCHES` compares the networks themselves."""
 
 
 @functools.cache
@@ -161,7 +170,7 @@ def test_kernels_by_layers_have_a_rule_for_every_matrix(architecture):
 
 
 @pytest.mark.slow
-@title
+@shallow
 def test_structured_derivatives_of_neural_tangents_give_the_kernel(architecture):
     import jax
 
@@ -173,7 +182,7 @@ def test_structured_derivatives_of_neural_tangents_give_the_kernel(architecture)
     close(theta.transpose(0, 2, 1, 3).reshape(2 * OUTPUTS, -1), dense(architecture))
 
 
-@title
+@shallow
 @pytest.mark.slow
 def test_operations_of_every_program_are_counted(architecture):
     settings = novak_images.Settings(threads=1, samples=2, side=SIDE, limits={"gigaflop": 1e-6})
@@ -192,7 +201,7 @@ def test_a_program_that_cannot_be_built_is_a_row_with_the_reason():
         raise NotImplementedError("no rule for it")
 
     settings = novak_images.Settings(threads=1, side=SIDE, limits={"gigaflop": 1e-6})
-    rows = novak_images.Case(settings, dataclasses.replace(PATCHES[1], forward=broken), 1).rows()
+    rows = novak_images.Case(settings, dataclasses.replace(ONE_LAYER[1], forward=broken), 1).rows()
     ends = {row["method"]: (row["status"], row["reason"]) for row in rows if row["quantity"] == "flops"}
     assert ends.pop("structured_derivatives") == ("ok", "")
     assert set(ends.values()) == {("failed", "NotImplementedError: no rule for it")}

@@ -162,17 +162,16 @@ def test_one_sided_estimates_are_the_squared_norms_of_curvlinops():
         assert ours(name, "trace", j, u)[0] == pytest.approx(square, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["1/i", "0.9^i", "spike"])
 @pytest.mark.slow
-def test_leave_one_out_traces_have_the_mean_of_curvlinops(name):
+def test_leave_one_out_traces_have_the_mean_of_curvlinops():
     """Its XTrace does not normalise probes to the sphere, so only means agree; our XTrace is not noisier."""
-    J = torch.from_numpy(jacobian(name))
+    J = torch.from_numpy(jacobian("spike"))
     theta = J @ J.T
     torch.manual_seed(0)
-    theirs = np.array([float(curvlinops.xtrace(theta, 2 * K, "normal")) for _ in range(400)])
+    theirs = np.array([float(curvlinops.xtrace(theta, 2 * K, "normal")) for _ in range(200)])
     for method in ("xtrace", "xnystrace"):
         values = np.array([drawn(methods.get(method), "trace", [J], K, seed)[0] for seed in range(400)])
-        error = math.hypot(values.std(ddof=1), theirs.std(ddof=1)) / 20
+        error = math.hypot(*(each.std(ddof=1) / math.sqrt(len(each)) for each in (values, theirs)))
         assert abs(values.mean() - theirs.mean()) < 4 * error
         # XNysTrace sketches J^T U, which is less than Theta U, and takes 2 passes per probe instead of XTrace's 3.
         assert method == "xnystrace" or values.std(ddof=1) < 1.1 * theirs.std(ddof=1)

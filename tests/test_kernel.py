@@ -130,7 +130,7 @@ def test_other_weights_are_given_by_a_network_or_by_its_state_dict(make):
         assert float(kernel.at(weights).trace(method="one_sided_reverse", passes=30)) == float(
             ntkbench.trace(trained, X, method="one_sided_reverse", passes=30)
         )
-    torch.testing.assert_close(kernel.ntk(), theta(make())), "the kernel itself stays where it is"
+    torch.testing.assert_close(kernel.ntk(), theta(make()))  # the kernel itself keeps its weights
     torch.testing.assert_close(kernel.at(trained).at(make()).ntk(), theta(make()))
 
 
@@ -171,7 +171,7 @@ def test_weights_of_another_network_are_refused(says, weights):
 )
 def test_alignment_with_other_weights_buffers_and_networks(first, second, method):
     exact = cosine(theta(first), theta(second))
-    wishes = {"hutchinson": {"passes": 4096}, "block_u_statistics": {"passes": 512}}.get(method, {})
+    wishes = {"hutchinson": {"passes": 4096}, "block_u_statistics": {"passes": 256}}.get(method, {})
     found = ntkbench.alignment(first, second, X, method=method, **wishes)
     assert not any("cannot be traced" in note for note in found.notes)
     if found.standard_error is None:
@@ -333,7 +333,7 @@ def test_a_budget_covers_all_metrics_and_a_target_together(monkeypatch, method):
     }
     done, gives = 0, metrics.METRICS if method == "auto" else methods.get(method).metrics
     for name, use in uses.items():
-        for passes in (1, 2, 7, 33, 64, 100, 145, 400):
+        for passes in (1, 7, 33, 100, 145, 400):
             try:
                 use(method=method, passes=passes)  # certifies the products
                 counted.clear()

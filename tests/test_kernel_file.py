@@ -225,6 +225,7 @@ print(kills)
 """
 
 
+@pytest.mark.slow
 def test_resumes_after_kills(tmp_path):
     log = tmp_path / "log"
     command = [sys.executable, "-c", KILLED_CHILD, str(tmp_path), str(log)]
@@ -498,6 +499,7 @@ def test_functions_in_jax_give_the_kernel_in_memory(tmp_path, name, computed):
         ntkbench.ntk(f, x, kernel=name, params={**params, "v": params["v"] + 1}, file=tmp_path / "0.npy")
 
 
+@pytest.mark.slow
 def test_interacting_samples_in_jax_give_the_explicit_kernel(tmp_path):
     jnp = pytest.importorskip("jax.numpy")
     params = {"w": np.random.default_rng(0).standard_normal((D, 3))}
@@ -537,7 +539,7 @@ from ntkbench.kernel import Kernel
 from torch import nn
 torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 10))
-x, memory = torch.randn(500, 16), 2**24
+x, memory = torch.randn(400, 16), 2**24
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def run(x, file, memory):
     kernel = Kernel(net, x, memory=memory)
@@ -550,10 +552,11 @@ print(peak() - before, theta.nbytes, memory)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path):
     done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], check=True, capture_output=True, text=True)
     taken, size, memory = map(int, done.stdout.split())
-    assert size == 4 * 5000**2 and taken < memory + 2**24
+    assert size == 4 * 4000**2 > memory + 2**24 > taken
     theta = np.load(tmp_path / "large.npy", mmap_mode="r")
-    some = np.random.default_rng(0).integers(0, 5000, 50)
+    some = np.random.default_rng(0).integers(0, 4000, 50)
     np.testing.assert_array_equal(theta[some][:, some], theta[some][:, some].T)

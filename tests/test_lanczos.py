@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -34,11 +35,9 @@ def test_largest_eigenvalue_and_entropy_effective_rank(name):
 
 def test_moments_are_unbiased():
     J = jacobian("1/i")
+    densities = [lanczos.density(Dense(J), probes=2, steps=4, seed=seed) for seed in range(200)]
     for power in (1, 2, 3):
-        moments = [
-            n * (d.weights * d.nodes**power).sum()
-            for d in (lanczos.density(Dense(J), probes=2, steps=4, seed=seed) for seed in range(200))
-        ]
+        moments = [n * (d.weights * d.nodes**power).sum() for d in densities]
         z = (np.mean(moments) - (SPECTRA["1/i"] ** power).sum()) / (np.std(moments, ddof=1) / math.sqrt(200))
         assert abs(z) < 4
 
@@ -70,19 +69,26 @@ def test_backends_agree_with_numpy_in_float32(backend):
     assert there.entropy_effective_rank == pytest.approx(here.entropy_effective_rank, rel=1e-4)
 
 
+@functools.cache
+def exact_eigenvalues(label: str) -> np.ndarray:
+    """Those of Theta from the explicit Jacobian, in ascending order."""
+    J = testing.explicit_jacobian(problems.load(label))
+    return np.linalg.eigvalsh(J @ J.T)
+
+
 @pytest.mark.parametrize("passes", [40, 400])
 @pytest.mark.parametrize("seed", range(4))
 def test_eigenvalues_by_products_in_float32_are_within_their_errors(seed, passes):
     """Once residuals are down to rounding, they alone are smaller than the error."""
-    problem = problems.load("transformer_tiny")
-    J = testing.explicit_jacobian(problem)
-    exact = np.linalg.eigvalsh(J @ J.T)[::-1][:5]
-    j = linearise(problem, "theta_0", Target("torch", "float32", memory=2**30))
+    values = exact_eigenvalues("transformer_tiny")
+    exact = values[::-1][:5]
+    j = linearise(problems.load("transformer_tiny"), "theta_0", Target("torch", "float32", memory=2**30))
     found = lanczos.ritz_pairs(j, 5, rtol=1e-9, passes=passes, seed=seed)
     errors = found.residuals + found.rounding
-    np.testing.assert_array_equal(lanczos.largest(j, 5, rtol=1e-9, passes=passes, seed=seed).errors, errors)
+    if seed == 0:
+        np.testing.assert_array_equal(lanczos.largest(j, 5, rtol=1e-9, passes=passes, seed=seed).errors, errors)
     # A residual bounds the distance to the nearest eigenvalue, and a small one that to the one of the same index.
-    nearest = np.sort(abs(found.values[:, None] - np.linalg.eigvalsh(J @ J.T)), axis=1)[:, 0]
+    nearest = np.sort(abs(found.values[:, None] - values), axis=1)[:, 0]
     assert (nearest <= errors).all() and (passes < 400 or (abs(found.values - exact) <= errors).all())
-    known = lanczos.rounding(j) * float(np.trace(J @ J.T))
+    known = lanczos.rounding(j) * float(values.sum())  # the trace
     assert known / 2 < found.rounding < 2 * known, "of the whole trace, whatever the Krylov space holds of it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,11 +53,18 @@ def truth(batch: str) -> dict[str, float]:
 
 
 @functools.cache
+def prepared(method: str, batch: str) -> Any:
+    return methods.get(method).prepare(problem(batch), Target("torch", "float64", "cpu", 2**30))
+
+
+@functools.cache
+def of_seed(method: str, batch: str, passes: int, seed: int) -> dict[str, Estimate]:
+    return methods.get(method).estimates(prepared(method, batch), METRICS, 2 * passes, seed)
+
+
 def found(method: str, batch: str, passes: int, seeds: int) -> list[dict[str, Estimate]]:
     """Estimates of all metrics from the same probes, by seed; passes for each parameter set."""
-    chosen = methods.get(method)
-    ready = chosen.prepare(problem(batch), Target("torch", "float64", "cpu", 2**30))
-    return [chosen.estimates(ready, METRICS, 2 * passes, seed) for seed in range(seeds)]
+    return [of_seed(method, batch, passes, seed) for seed in range(seeds)]
 
 
 def errors(method: str, batch: str, metric: str, passes: int = 8, seeds: int = 200) -> np.ndarray:

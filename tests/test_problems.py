@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,7 @@ SIZES = {  # N, O, P
 REDUCED = {
     **{name: f"{name}[N=4,T=8,V=50,d=128,L=2]" for name in ("gpt2_small", "gpt2_410m")},
     "transformer_small": "transformer_small[N=4]",
+    "resnet18": "resnet18[width=16]",
 }
 """Sizes for the tests, where a problem is too large or has fewer than three samples."""
 
@@ -444,16 +446,18 @@ def test_every_setting_of_adam_is_used(change):
     assert torch.equal(w, trained()[1])
 
 
+@functools.cache
+def trained_on_a_task(**settings):
+    """A recipe of a small recurrent network as text, and the weights after training."""
+    module = recurrent.initialised("rnn", tasks.channels("match_to_sample"), 12)
+    recipe = training.OnTask("match_to_sample", (5,), **{"trials": 16, "loss": 0.3} | settings)
+    recipe.train(module)
+    return str(recipe), module.weight_hh.detach()
+
+
 @pytest.mark.parametrize("change", [{"loss": 0.2}, {"learning_rate": 1e-2}, {"clip": 1e-3}, {"seed": 2}, {"trials": 9}])
 def test_every_setting_of_training_on_a_task_is_used(change):
-
-    def trained(**settings):
-        module = recurrent.initialised("rnn", tasks.channels("match_to_sample"), 12)
-        recipe = training.OnTask("match_to_sample", (5,), **{"trials": 16, "loss": 0.3} | settings)
-        recipe.train(module)
-        return str(recipe), module.weight_hh.detach()
-
-    (first, w), (other, v) = trained(), trained(**change)
+    (first, w), (other, v) = trained_on_a_task(), trained_on_a_task(**change)
     assert first != other
     assert not torch.equal(w, v)
 

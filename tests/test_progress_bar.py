@@ -57,11 +57,12 @@ def test_more_passes_than_expected_are_shown_without_their_total(shown):
     assert any(line.startswith("a kernel: 4 passes") for line in shown())
     whole = ntkbench.ntk(NET, X)
     assert torch.allclose(ntkbench.Kernel(NET, X, memory=2**12).ntk(), whole, rtol=1e-4)
-    ntkbench.ntk(NET, X, torch.randn(7, 4))
+    assert ntkbench.ntk(NET, X, torch.randn(7, 4)).shape == (15, 21)
     for kernel in ("last_layer", "sum_of_logits", "random_vector"):
-        ntkbench.ntk(NET, X, kernel=kernel)
+        assert ntkbench.ntk(NET, X, kernel=kernel).shape == (5, 5)
     for method in ("jacobian_contraction", "batched_jacobian", "naive_jacobian"):
-        ntkbench.norm(NET, X, method=method, memory=2**12)
+        found = ntkbench.norm(NET, X, method=method, memory=2**12)
+        assert found.value == pytest.approx(float(whole.norm()), rel=1e-4)
 
 
 class NoTerminal:

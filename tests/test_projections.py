@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import scipy.linalg
 import torch
+from conftest import mostly_slow
 from torch import nn
 
 import ntkbench
@@ -75,9 +76,10 @@ def test_dense_features_do_not_depend_on_memory_and_are_distributed_as_jvps():
     np.testing.assert_allclose(found, features("dense_jl", 40, 3, metric="norm")[0], rtol=1e-12)
     forward = methods.get("gram_forward")
     ready = forward.prepare(problem, TARGET)
+    made = [method.estimate(prepared("dense_jl"), "norm", 32, s) for s in range(100)]
+    others = [forward.estimate(ready, "norm", 32, s) for s in range(100)]
     for attribute in ("value", "standard_error"):
-        ours = [getattr(method.estimate(prepared("dense_jl"), "norm", 32, s), attribute) for s in range(100)]
-        theirs = [getattr(forward.estimate(ready, "norm", 32, s), attribute) for s in range(100)]
+        ours, theirs = ([getattr(each, attribute) for each in some] for some in (made, others))
         assert abs(np.mean(ours) - np.mean(theirs)) < 4 * math.hypot(np.std(ours), np.std(theirs)) / 10
 
 
@@ -195,7 +197,7 @@ def test_the_error_of_the_gram_matrix_falls_as_published(name, replicates, slope
         assert errors == pytest.approx([math.sqrt((1 + rank) / k) for k in sizes], rel=0.25)
 
 
-@pytest.mark.parametrize("outputs", [1, 6])
+@pytest.mark.parametrize("outputs", mostly_slow([1, 6], 1))
 def test_the_error_of_count_sketches_falls_as_published(outputs):
     """Against tr_O Theta, as 1 / sqrt(width) for one output; for several, with probes in proportion to the width."""
     problem = smooth_problem(f"sketched_{outputs}", 6, 8, 8, outputs)
@@ -206,11 +208,11 @@ def test_the_error_of_count_sketches_falls_as_published(outputs):
     errors = [
         math.sqrt(np.mean([
             ((count_sketch.kernel(count_sketch.probed(j, probes, width * size, seed)) - summed) ** 2).sum()
-            for seed in range(50)
+            for seed in range(25)
         ]))
         for size, probes in ((size, 1 if outputs == 1 else size) for size in sizes)
     ]  # fmt: skip
-    assert np.polyfit(np.log(sizes), np.log(errors), 1)[0] == pytest.approx(-0.5, abs=0.1)
+    assert np.polyfit(np.log(sizes), np.log(errors), 1)[0] == pytest.approx(-0.5, abs=0.14)
 
 
 @pytest.mark.parametrize("name", UNBIASED)
@@ -236,7 +238,7 @@ def test_count_sketches_have_the_mean_of_the_trace_kernel():
     J = jacobians()[0]
     summed = np.einsum("aop,bop->ab", J.reshape(3, 2, -1), J.reshape(3, 2, -1))
     (j,) = prepared("count_sketch").jacobians("norm")
-    found = [count_sketch.kernel(count_sketch.probed(j, 2, 8, seed)) for seed in range(SEEDS)]
+    found = [count_sketch.kernel(count_sketch.probed(j, 2, 8, seed)) for seed in range(SEEDS // 2)]
     assert abs(z_of(found, summed)).max() < 4.5
 
 
@@ -306,14 +308,20 @@ def nearest_by_svd(J, shapes):
     return scipy.linalg.block_diag(*found)
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
+@functools.cache
+def kfoc(backend):
+    method = methods.get("kfoc")
+    return method, method.prepare(smooth_problem(), Target(backend, "float64", "cpu"))
+
+
+@pytest.mark.parametrize("backend", mostly_slow(["torch", "jax"], 1))
 @pytest.mark.parametrize("metric", ["trace", "norm", "effective_rank", "alignment"])
 def test_kfoc_is_the_nearest_kronecker_product_of_each_layer(metric, backend):
-    problem, target = smooth_problem(), Target(backend, "float64", "cpu")
+    problem = smooth_problem()
     shapes = [layer.weight.shape for layer in problem.module if isinstance(layer, nn.Linear)]
     blocks = [nearest_by_svd(J, shapes) for J in jacobians()]
-    method = methods.get("kfoc")
-    found = method.estimate(method.prepare(problem, target), metric)
+    method, ready = kfoc(backend)
+    found = method.estimate(ready, metric)
     assert found.value == pytest.approx(metrics_of(*blocks)[metric], rel=1e-7)
     assert found.passes == problem.O * len(blocks if metric == "alignment" else blocks[:1])
 
@@ -380,7 +388,7 @@ def test_scales_shifts_tables_and_convolutions_are_projected_unbiased():
     J = explicit_jacobian(problem)
     method = methods.get("kronecker_projection")
     ready = method.prepare(problem, TARGET)
-    grams = [projections.gram(method.features(ready, "norm", 5 * 8 * 4, seed)[0][0]) for seed in range(SEEDS)]
+    grams = [projections.gram(method.features(ready, "norm", 5 * 8 * 4, seed)[0][0]) for seed in range(SEEDS // 2)]
     assert abs(z_of(grams, J @ J.T)).max() < 4.5
     np.testing.assert_allclose(
         projections.gram(method.features(ready, "norm", 5 * 8 * 100**2, 0)[0][0]), J @ J.T, rtol=1e-9
@@ -424,6 +432,10 @@ def test_the_figure_states_its_result(table, tmp_path):
     assert len(pd.read_csv(tmp_path / "projections.csv")) == len(table) - 1  # a budget is refused
     slopes = figure.slopes(table.assign(gram_error=table["kept"] ** -0.5))
     assert list(slopes) == pytest.approx([-0.5] * len(slopes)) and len(slopes) == 5
+
+
+@pytest.mark.slow
+def test_the_figure_keeps_its_contract(table):
     testing.check_figure("projections", table)
 
 
@@ -475,7 +487,7 @@ def test_networks_that_a_method_does_not_cover_are_skipped_with_a_reason():
     torch.manual_seed(0)
     problem = problems.load("transformer_flipflop[N=2]")
     settings = studies.settings("projections", {"threads": 1, "device": "cpu", "seeds": 2, "k": [16, 32], "calls": 1})
-    exact = studies.base.Once(lambda: study.truth(problem.name))
+    exact = studies.base.Once(lambda: SimpleNamespace(problem=problem))  # its kernels are not needed for a refusal
     for name, said in {
         "dense_jl": "k must be at least",
         "sparse_jl": "k must be at least",

@@ -1,5 +1,6 @@
 """Provenance of rows: the commit, and whether there are uncommitted changes."""
 
+import shutil
 import subprocess
 
 import pytest
@@ -8,20 +9,29 @@ from ntkbench import paths
 from ntkbench.measure import provenance
 
 
-@pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """A checkout with one commit, from which ntkbench appears to be imported."""
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory):
+    """A checkout with one commit."""
+    root = tmp_path_factory.mktemp("committed")
     for folder in (*provenance.CODE, "docs"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "committed.py").write_text("1\n", encoding="utf-8")
-    (tmp_path / ".gitignore").write_text("__pycache__/\nresults/*\n!results/reference/\n", encoding="utf-8")
+        (root / folder).mkdir(parents=True)
+        (root / folder / "committed.py").write_text("1\n", encoding="utf-8")
+    (root / ".gitignore").write_text("__pycache__/\nresults/*\n!results/reference/\n", encoding="utf-8")
     identity = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
     for command in (["init", "--quiet"], ["add", "."], [*identity, "commit", "--quiet", "--message", "first"]):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
+        subprocess.run(["git", *command], cwd=root, check=True)
+    return root
+
+
+@pytest.fixture
+def repository(committed, tmp_path, monkeypatch):
+    """A copy of the checkout, from which ntkbench appears to be imported."""
+    root = tmp_path / "copy"
+    shutil.copytree(committed, root)
+    monkeypatch.setattr(paths, "ROOT", root)
     monkeypatch.setattr(paths, "IN_CHECKOUT", True)
     provenance.provenance.cache_clear()
-    yield tmp_path
+    yield root
     provenance.provenance.cache_clear()
 
 

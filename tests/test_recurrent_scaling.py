@@ -84,7 +84,7 @@ def test_a_problem_that_cannot_be_made_gives_a_reason_in_each_of_its_rows(monkey
         return made(settings, kind, N, T)
 
     monkeypatch.setattr(recurrent_scaling, "_problem", problem)
-    table = run()
+    table = run(N=[2], T=[4, 8], probes=[4])
     lost = table[table["T"] == 8]
     assert len(lost) == len(recurrent_scaling.METRICS) and (lost["status"] == "failed").all()
     assert (lost["reason"] == "BadInput: no trials of so many steps").all()
@@ -103,7 +103,7 @@ def test_a_call_that_fails_later_is_one_failed_row_and_the_others_are_timed(monk
         return estimate(self, prepared, metric, passes, seed)
 
     monkeypatch.setattr(method, "estimate", failing)
-    table = run()
+    table = run(T=[4], probes=[4])
     lost = table["method"].eq("one_sided_reverse") & table["N"].eq(3)
     assert lost.sum() == 1 and calls.count(3) == 2
     assert table.loc[lost, "reason"].tolist() == ["ValueError: broke in its turn"]
@@ -111,14 +111,14 @@ def test_a_call_that_fails_later_is_one_failed_row_and_the_others_are_timed(monk
     assert (table.loc[~lost, "status"] == "ok").all() and (table.loc[~lost, "calls"] == 3).all()
 
 
-def test_an_interrupted_study_resumes_with_the_same_rows(tmp_path, monkeypatch):
+def test_an_interrupted_study_resumes_with_the_same_rows(table, tmp_path, monkeypatch):
     """Interrupted before the turns of the second method; its first calls are known, but it warms up again."""
-    whole = run()
+    whole = table[table["T"].eq(4) & table["probes"].eq(4)].reset_index(drop=True)
 
     def measured(in_turn):
         monkeypatch.setattr(base, "in_turn", in_turn)
         with Journal(tmp_path / "study.journal") as journal, journals.kept(Rows(journal, "this")):
-            return run()
+            return run(T=[4], probes=[4])
 
     def stopping(case, turns, rounds):
         if case["method"] == "one_sided_reverse":

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from conftest import mostly_slow
 
 from ntkbench import figures, methods, outside, paths, problems, registry, studies
 from ntkbench.errors import BadInput, NtkbenchError
@@ -376,33 +377,55 @@ def test_an_unknown_name_is_reported_with_the_broken_files(drop):
         problems.check("my_problem[N=3]")
 
 
+# One process imports torch and is forked for each case, so ntkbench's modules are as in a fresh process.
 FRESH = """
-import sys
-from ntkbench import {kind}
-{work}
-package = "ntkbench.{kind}."
-print(sorted(n.removeprefix(package) for n in sys.modules if n.startswith(package) and ".base" not in n))
-assert not {{"jax", "neural_tangents"}} & set(sys.modules)
+import json, os, sys, traceback
+import pandas, scipy.special, torch.func
+
+assert not [name for name in sys.modules if name.startswith("ntkbench")]
+for line in sys.stdin:
+    kind, work = json.loads(line)
+    if pid := os.fork():
+        if os.waitpid(pid, 0)[1]:
+            print("null", flush=True)
+        continue
+    try:
+        exec(f"from ntkbench import {kind}\\n{work}", {})
+        assert not {"jax", "neural_tangents"} & set(sys.modules)
+        package = f"ntkbench.{kind}."
+        names = (name for name in sys.modules if name.startswith(package) and ".base" not in name)
+        print(json.dumps(sorted(name.removeprefix(package) for name in names)), flush=True)
+        os._exit(0)
+    finally:
+        traceback.print_exc()
+        os._exit(1)
 """
+USES = [
+    # kind, what a process does, and the plug-ins that it imports
+    ("methods", "methods.get('hutchpp')", ["hutchpp"]),
+    ("methods", "methods.REGISTRY.found(), methods.REGISTRY.file('hutchpp')", []),
+    ("problems", "problems.check('digits_conv[N=4]')", ["classifiers"]),
+    ("problems", "problems.REGISTRY.found(), problems.module_of('rnn_flipflop[N=3]')", []),
+    ("problems", "problems.describe('rnn_flipflop')", ["recurrent"]),
+    ("studies", "studies.fields('mohamadi_cost')", ["mohamadi_cost"]),
+    ("figures", "figures.names(), figures.study_of('hazelden_trace')", []),
+]
 
 
-@pytest.mark.parametrize(
-    ("kind", "work", "imported"),
-    [
-        ("methods", "methods.get('hutchpp')", ["hutchpp"]),
-        ("methods", "methods.REGISTRY.found(), methods.REGISTRY.file('hutchpp')", []),
-        ("problems", "problems.check('digits_conv[N=4]')", ["classifiers"]),
-        ("problems", "problems.REGISTRY.found(), problems.module_of('rnn_flipflop[N=3]')", []),
-        ("problems", "problems.describe('rnn_flipflop')", ["recurrent"]),
-        ("studies", "studies.fields('mohamadi_cost')", ["mohamadi_cost"]),
-        ("figures", "figures.names(), figures.study_of('hazelden_trace')", []),
-    ],
-)
-def test_a_process_imports_only_the_plug_ins_that_it_uses(kind, work, imported):
-    code = FRESH.format(kind=kind, work=work)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def imported():
+    """Names of the plug-ins that the process of each case of :data:`USES` imported."""
+    lines = "".join(json.dumps([kind, work]) + "\n" for kind, work, _ in USES)
+    done = subprocess.run([sys.executable, "-c", FRESH], input=lines, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert [name for name in eval(done.stdout) if not name.startswith("plotting")] == imported
+    print(done.stderr)  # why a case that is None failed
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("case", range(len(USES)), ids=[f"{kind}-{work}" for kind, work, _ in USES])
+def test_a_process_imports_only_the_plug_ins_that_it_uses(imported, case):
+    assert len(imported) == len(USES) and imported[case] is not None
+    assert [name for name in imported[case] if not name.startswith("plotting")] == USES[case][2]
 
 
 def test_all_plug_ins_that_come_with_ntkbench_work():
@@ -425,20 +448,25 @@ def theirs(N: int = 3):
 '''
 
 
+def written(folder):
+    """Write plug-ins: a method, a problem, a rule, a method whose name is taken, and files that they may import."""
+    for name, source in {
+        "methods/mine.py": METHOD,
+        "methods/hutchpp.py": METHOD,
+        "methods/lib/__init__.py": "from ntkbench.estimators import lanczos\n",
+        "problems/others.py": OUTSIDE_PROBLEM,
+        "rules/scales.py": RULE,
+        "shared.py": "X = 1\n",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(source, encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of plug-ins: a method, a problem, a rule, and a method whose name is taken."""
-    for kind, name, source in (
-        ("methods", "mine", METHOD),
-        ("methods", "hutchpp", METHOD),
-        ("problems", "others", OUTSIDE_PROBLEM),
-        ("rules", "scales", RULE),
-    ):
-        file = tmp_path / "of_mine" / kind / f"{name}.py"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(source, encoding="utf-8")
-    (tmp_path / "of_mine" / "shared.py").write_text("X = 1\n", encoding="utf-8")
-    return tmp_path / "of_mine"
+    """A folder of plug-ins, see :func:`written`."""
+    return written(tmp_path / "of_mine")
 
 
 def in_a_process(code, *arguments, **environment):
@@ -466,13 +494,13 @@ def looks_right(done, folder):
     found, broken, files = done.stdout.splitlines()
     assert found == "True True stochastic", "what comes with ntkbench keeps its name"
     assert f"{folder / 'methods' / 'hutchpp.py'} the file name is taken by" in broken
-    assert {"mine.py", "others.py", "testing.py", "shared.py"} <= set(files.split())
+    # lanczos.py is a file of ntkbench that a helper in the folder imports.
+    assert {"mine.py", "others.py", "testing.py", "shared.py", "lanczos.py"} <= set(files.split())
 
 
 @pytest.mark.slow
 def test_plug_ins_are_found_outside_of_the_checkout(folder):
-    looks_right(in_a_process(LOOK, NTKBENCH_PLUGINS=str(folder)), folder)
-    # Cells run in folders of their own.
+    # The folder is relative, and cells run in folders of their own.
     moved = in_a_process(
         f"import os; import ntkbench.methods; os.chdir('/')\n{LOOK}",
         NTKBENCH_PLUGINS="of_mine",
@@ -501,22 +529,22 @@ def hashes(folder):
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    """Fingerprints with the plug-ins of :func:`written`; they do not depend on where the folder is."""
+    return hashes(written(tmp_path_factory.mktemp("usual") / "of_mine"))
+
+
 @pytest.mark.slow
-def test_an_edit_of_an_import_changes_only_the_fingerprints_of_its_users(folder):
-    lib = folder / "methods" / "lib" / "__init__.py"
-    lib.parent.mkdir()
-    lib.write_text("from ntkbench.estimators import lanczos\n", encoding="utf-8")
-    before = hashes(folder)
-    assert len(before) == 5 and before["versions"].startswith("plug-ins ")
+def test_an_edit_of_an_import_changes_only_the_fingerprints_of_its_users(folder, usual):
+    assert len(usual) == 5 and usual["versions"].startswith("plug-ins ")
     (folder / "shared.py").write_text("X = 2\n", encoding="utf-8")
     after = hashes(folder)
-    assert {name for name in before if before[name] == after[name]} == {"digits_conv[N=4] direct"}
-    files = in_a_process(LOOK, NTKBENCH_PLUGINS=str(folder)).stdout.splitlines()[2]
-    assert "lanczos.py" in files.split(), "what helpers import of ntkbench"
+    assert {name for name in usual if usual[name] == after[name]} == {"digits_conv[N=4] direct"}
 
 
-def test_odd_files_in_a_folder_of_plug_ins_are_ignored(folder, tmp_path):
-    usual = hashes(folder)
+@pytest.mark.slow
+def test_odd_files_in_a_folder_of_plug_ins_are_ignored(folder, usual, tmp_path):
     (folder / "methods" / ".#mine.py").symlink_to(folder / "nowhere")
     (folder / "a_folder.py").mkdir()
     environment = folder / "env"
@@ -614,9 +642,20 @@ def scaled(folder):
     return folder.parent
 
 
-def test_rules_outside_of_the_checkout_are_applied(folder, scaled):
-    without, with_rule = (in_a_process(LAYERS, scaled, *more) for more in ((), (folder,)))
-    assert without.returncode == with_rule.returncode == 0, with_rule.stderr[-2000:]
+@pytest.fixture(scope="module")
+def without(tmp_path_factory):
+    """A process that uses the network of :data:`SCALED` without the plug-in."""
+    here = tmp_path_factory.mktemp("without")
+    (here / "of_rules.py").write_text(SCALED, encoding="utf-8")
+    done = in_a_process(LAYERS, here)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+@pytest.mark.slow
+def test_rules_outside_of_the_checkout_are_applied(folder, scaled, without):
+    with_rule = in_a_process(LAYERS, scaled, folder)
+    assert with_rule.returncode == 0, with_rule.stderr[-2000:]
     assert without.stdout.splitlines()[-1] == "out.weight"
     assert with_rule.stdout.splitlines()[-1].split() == ["w", "out.weight"]
     measure = "import sys; from ntkbench.cli import main; main(sys.argv[1:])"
@@ -628,28 +667,26 @@ def test_rules_outside_of_the_checkout_are_applied(folder, scaled):
     assert "certified to" in other.stdout
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "says"),
-    [
-        ("reshape(len(x)", "mul(2).reshape(len(x)", "its gradient differs from that of plain autograd"),
-        (
-            "other = node",
-            "1 / 0; other = node",
-            "rule for aten.mul.Tensor of the plug-in 'scales' failed: ZeroDivision",
-        ),
-        ("x.reshape(len(x), -1, 1, 1)", "x", "passed over structured_derivatives: RuntimeError"),
-        ("    return Use(", "    return 3 or Use(", "returned a int, not a Use"),
-        ("def scale(", "def scale((", "scales.py:8: SyntaxError"),
-    ],
-)
-def test_a_wrong_rule_gives_no_wrong_value(folder, scaled, old, new, says):
+WRONG_RULES = [
+    # a part of the rule, what replaces it, and part of the reason
+    ("reshape(len(x)", "mul(2).reshape(len(x)", "its gradient differs from that of plain autograd"),
+    ("other = node", "1 / 0; other = node", "rule for aten.mul.Tensor of the plug-in 'scales' failed: ZeroDivision"),
+    ("x.reshape(len(x), -1, 1, 1)", "x", "passed over structured_derivatives: RuntimeError"),
+    ("    return Use(", "    return 3 or Use(", "returned a int, not a Use"),
+    ("def scale(", "def scale((", "scales.py:8: SyntaxError"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "says"), mostly_slow(WRONG_RULES, 1))
+def test_a_wrong_rule_gives_no_wrong_value(folder, scaled, without, old, new, says):
     assert old in RULE
     (folder / "rules" / "scales.py").write_text(RULE.replace(old, new), encoding="utf-8")
-    right, done = (in_a_process(TRACE, scaled, *more) for more in ((), (folder,)))
+    done = in_a_process(TRACE, scaled, folder)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.partition(",")[0] == right.stdout.partition(",")[0] and says in done.stdout + done.stderr
+    assert done.stdout.partition(",")[0] == without.stdout.partition(",")[0] and says in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_rules_of_installed_packages_are_applied(folder, scaled):
     info = folder.parent / "of_mine-1.0.dist-info"
     info.mkdir()

@@ -60,9 +60,11 @@ def test_cores_and_device_are_of_the_machine_that_measures(monkeypatch):
     assert Run(made.config).made_for.table("training") == made.made_for.table("training") != ""
 
 
-def test_shards_split_the_papers_grid_evenly():
+def test_shards_split_the_papers_grid_evenly(monkeypatch):
     """Each pair of a problem and a method is in one shard, and shards differ by at most one pair."""
     config = Config.of_files([paths.ROOT / "config" / "paper.yaml"], {"shards": 64, "threads": 1})
+    every = cells.cells(config)
+    monkeypatch.setattr(cells, "cells", lambda _: every)  # the same for each shard
     dealt = [cells.of_shard(config, number) for number in range(64)]
     pairs = [{(cell.problem, cell.method) for cell in shard} for shard in dealt]
     assert sum(map(len, pairs)) == len(set.union(*pairs)) > 64

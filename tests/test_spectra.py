@@ -17,6 +17,7 @@ from ntkbench.studies.estimators_on_spectra import SPECTRA
 N = 1000
 SEEDS = 400
 METHODS = ("one_sided_reverse", "hutchpp_one_sided", "hutchpp_adaptive", "xtrace", "xnystrace")
+FLAT_AND_STEEP = ("linear", "0.7^i")
 
 
 class Transforms(dense.DenseJacobian):
@@ -51,7 +52,7 @@ def estimates(name: str, spectrum: str, passes: int, seeds: int) -> np.ndarray:
     return np.array([(estimate.value, estimate.standard_error) for estimate in found])
 
 
-@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("spectrum", FLAT_AND_STEEP)
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.slow
 def test_traces_are_unbiased(name, spectrum):
@@ -60,7 +61,7 @@ def test_traces_are_unbiased(name, spectrum):
     assert abs(values.mean() - exact) < 4 * values.std(ddof=1) / math.sqrt(SEEDS)
 
 
-@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("spectrum", FLAT_AND_STEEP)
 def test_one_sided_variance_is_that_of_the_formula(spectrum):
     """2 (||Theta||_F^2 - sum of its squared diagonal) / k, which the standard errors estimate."""
     j = Transforms(SPECTRA[spectrum](np.arange(1, N + 1)))

@@ -239,6 +239,7 @@ def convolutions(draw):
     return kind[d][transposed](*channels, kernel, **options), torch.randn(2, channels[0], *size)
 
 
+@settings(max_examples=40)
 @given(drawn=convolutions(), seed=st.integers(0, 2**16))
 @pytest.mark.slow
 def test_convolutions_of_all_options(drawn, seed):

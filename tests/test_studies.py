@@ -24,7 +24,7 @@ from ntkbench.figures import mohamadi_quality as mohamadi_quality_figure
 from ntkbench.figures import mohamadi_training as mohamadi_training_figure
 from ntkbench.figures import novak_images as novak_images_figure
 from ntkbench.figures import novak_time as novak_time_figure
-from ntkbench.figures.plotting import base, curves, report, sources
+from ntkbench.figures.plotting import base, curves, files, report, sources
 from ntkbench.measure import fingerprints
 from ntkbench.measure.config import Config
 from ntkbench.measure.timing import Timed
@@ -49,7 +49,7 @@ TINY = {
         "test": 4,
     },
     "mohamadi_drift": {"width": 32, "steps": 200, "looks": 3, "inits": 1, "images": 6, "rate": 0.1, "decay": 0.1},
-    "novak_flops": {"widths": [16, 32], "outputs": [1, 4], "samples": [2]},
+    "novak_flops": {"widths": [16, 32], "outputs": [4], "samples": [2]},
     "novak_time": {"widths": [16, 64], "outputs": [4], "samples": 2, "limits": {"memory_mb": 0.3}},
     "novak_images": {"depths": [18], "wide_factors": [], "outputs": [2], "width": 2, "side": 32} | PATCHLESS,
 }
@@ -405,7 +405,8 @@ def test_costs_of_resnets_are_given_or_have_a_reason(tables):
 
 
 @pytest.mark.slow
-def test_contracting_a_jacobian_that_does_not_fit_in_memory_is_left_out():
+def test_contracting_a_jacobian_that_does_not_fit_in_memory_is_left_out(monkeypatch):
+    monkeypatch.setattr(mohamadi_cost, "METHODS", ("jacobian_contraction",))
     settings = mohamadi_cost.Settings(**QUICK, **TINY["mohamadi_cost"] | {"limits": {"block_mb": 0.1}})
     left = mohamadi_cost.run(settings).set_index("method").loc["jacobian_contraction"]
     assert set(left["status"]) == {"skipped"} and left["reason"].str.contains("recomputed for every pair").all()
@@ -446,7 +447,8 @@ def test_programs_over_the_memory_budget_are_rows_with_a_reason(tables):
 def test_programs_of_too_many_operations_are_rows_with_a_reason_and_their_memory():
     from ntkbench.studies import novak_time
 
-    sizes = TINY["novak_time"] | {"widths": [16], "others": [{"inputs": 5, "depth": 1, "width": 3, "outputs": 2}]}
+    sizes = TINY["novak_time"] | {"widths": [16], "depth": 2}
+    sizes |= {"others": [{"inputs": 5, "depth": 1, "width": 3, "outputs": 2}]}
     ran = novak_time.run(novak_time.Settings(**QUICK, **sizes | {"limits": {}}))
     table = novak_time.run(novak_time.Settings(**QUICK, **sizes | {"limits": {"gigaflop": 1e-9}}))
     assert set(table["status"]) == {"skipped"} and table["reason"].str.contains("over limits.gigaflop").all()
@@ -552,7 +554,7 @@ def test_programs_that_would_take_too_long_are_skipped_with_a_reason(monkeypatch
 
 
 @pytest.mark.slow
-def test_published_seconds_are_drawn_for_the_same_network_alone(tables, tmp_path):
+def test_published_seconds_are_drawn_for_the_same_network_alone(tables):
     figure = novak_images_figure
     table = tables["novak_images"]
     assert figure.published(table).empty
@@ -669,14 +671,22 @@ def of_studies():
     return [(name, figures.study_of(name)) for name in figures.names() if figures.study_of(name) in TINY]
 
 
+def without_pdf(patch):
+    """Figures that are drawn from now on have no PDF."""
+    patch.setattr(files, "METADATA", {"png": files.METADATA["png"]})
+
+
 @pytest.mark.slow
-def test_every_study_is_drawn_the_same_from_a_file_and_twice(tables, tmp_path):
+def test_every_study_is_drawn_the_same_from_a_file_and_twice(tables, tmp_path, monkeypatch):
     for name, study in of_studies():
         first = {path.name: path.read_bytes() for path in figures.draw(name, tables[study], tmp_path)}
         assert set(first) == {f"{name}.{kind}" for kind in ("csv", "txt", "png", "pdf")}
         file = tmp_path / f"{study}.table.csv"
         tables[study].to_csv(file, index=False)
-        again = figures.draw(name, pd.read_csv(file), tmp_path)
+        with monkeypatch.context() as patch:
+            without_pdf(patch)
+            again = figures.draw(name, pd.read_csv(file), tmp_path)
+        del first[f"{name}.pdf"]
         assert {path.name: path.read_bytes() for path in again} == first
         caption = (tmp_path / f"{name}.txt").read_text()
         assert all(part in caption for part in ("0123456789", "a laptop", f"Rows of the study {study}", "1 thread"))
@@ -685,7 +695,9 @@ def test_every_study_is_drawn_the_same_from_a_file_and_twice(tables, tmp_path):
 
 
 @pytest.mark.slow
-def test_studies_without_values_are_drawn_as_nothing_to_show(tables, tmp_path):
+def test_studies_without_values_are_drawn_as_nothing_to_show(tables, tmp_path, monkeypatch):
+    """The caption says so; test_figures has the pictures."""
+    monkeypatch.setattr(files, "METADATA", {})
     for name, study in of_studies():
         table = tables[study]
         numbers = [c for c in table.select_dtypes("number") if c not in PROVENANCE]
@@ -731,7 +743,8 @@ def test_published_ratios_state_their_number_of_outputs(tables):
 
 
 @pytest.mark.slow
-def test_the_figure_at_initialisation_does_not_depend_on_later_steps(tables, tmp_path):
+def test_the_figure_at_initialisation_does_not_depend_on_later_steps(tables, tmp_path, monkeypatch):
+    without_pdf(monkeypatch)
     table = tables["mohamadi_quality"]
     later = table["step"] > 0
     numbers = ["difference", "accuracy", "prediction_difference"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -38,22 +40,27 @@ def said(matrices, probes: int, seed: int) -> list[dict[str, paired.Comparison]]
     return [{one.quantity: one for one in common.compare(u @ matrix)} for matrix in matrices]
 
 
+@functools.cache
+def draws() -> list[list[dict[str, paired.Comparison]]]:
+    """What 200 sets of 60 probes say of the two matrices of size 60."""
+    return [said(spectrum(60, 0), 60, seed) for seed in range(200)]
+
+
 @pytest.mark.parametrize("quantity", METRICS)
 def test_ratios_of_shared_probes_are_right_with_calibrated_errors(quantity):
     matrices = spectrum(60, 0)
     first = {"alignment": matrices[:1]}.get(quantity, ())
     exact = [from_gram(*first, m).metric(quantity) for m in matrices]
-    draws = [said(matrices, 60, seed) for seed in range(200)]
-    values, errors = ([getattr(d[1][quantity], name) for d in draws] for name in ("value", "standard_error"))
+    values, errors = ([getattr(d[1][quantity], name) for d in draws()] for name in ("value", "standard_error"))
     ratios, ratio_errors = (
-        [getattr(d[1][quantity], name) for d in draws] for name in ("ratio", "ratio_standard_error")
+        [getattr(d[1][quantity], name) for d in draws()] for name in ("ratio", "ratio_standard_error")
     )
     assert np.mean(values) == pytest.approx(exact[1], rel=0.05)
     assert np.mean(ratios) == pytest.approx(exact[1] / exact[0], rel=0.02)
     for found, error in ((values, errors), (ratios, ratio_errors)):
         assert np.mean(error) == pytest.approx(np.std(found), rel=0.25)
     if quantity != "alignment":  # whose first value is 1 without error
-        apart = [np.hypot(*(d[i][quantity].standard_error / exact[i] for i in range(2))) for d in draws]
+        apart = [np.hypot(*(d[i][quantity].standard_error / exact[i] for i in range(2))) for d in draws()]
         assert np.mean(ratio_errors) < 0.3 * np.mean(apart) * exact[1] / exact[0], "nothing gained by common probes"
 
 

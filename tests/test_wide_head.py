@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fnmatch
+import functools
 import statistics
 
 import pytest
@@ -152,17 +153,27 @@ def exact(metric: str, first: torch.Tensor, second: torch.Tensor) -> float:
     return float(found[metric])
 
 
+@functools.cache
+def pair(kind: str, tied: bool):
+    """A network with a wide head at two sets of weights, as a problem, and its exact kernels."""
+    model, other = two(TIED[kind]) if tied else (seeded(HEADED[kind]).eval(), seeded(HEADED[kind], 1).eval())
+    return from_module(model, TOKENS, model_f=other, dtype="float64"), (explicit(model), explicit(other))
+
+
+@functools.cache
+def ready_for(kind: str, tied: bool, memory: int):
+    """The problem as all methods of wide heads prepare it."""
+    return methods.get("wide_head").prepare(pair(kind, tied)[0], Target("torch", "float64", "cpu", memory=memory))
+
+
 CASES = [(kind, 2**30) for kind in HEADED] + [("with a bias", 2**17), ("last position", 2**15)]
 
 
 @pytest.mark.parametrize(("kind", "memory"), mostly_slow(CASES, 2))
 def test_all_metrics_match_the_explicit_kernel(kind, memory):
-    model, other = seeded(HEADED[kind]).eval(), seeded(HEADED[kind], 1).eval()
-    problem = from_module(model, TOKENS, model_f=other, dtype="float64")
+    problem, thetas = pair(kind, False)
     target = Target("torch", "float64", "cpu", memory=memory)
-    method = methods.get("wide_head")
-    prepared = method.prepare(problem, target)
-    thetas = explicit(model), explicit(other)
+    method, prepared = methods.get("wide_head"), ready_for(kind, False, memory)
     for metric in METRICS:
         assert method.unsupported_reason(problem, metric, target) is None
         found = method.estimate(prepared, metric)
@@ -520,12 +531,9 @@ def two(make):
     ("kind", "memory"), mostly_slow([*((kind, 2**30) for kind in TIED), ("with a bias", 2**17)], 2)
 )
 def test_all_metrics_of_tied_heads_match_the_explicit_kernel(kind, memory):
-    model, other = two(TIED[kind])
-    problem = from_module(model, TOKENS, model_f=other, dtype="float64")
-    target = Target("torch", "float64", "cpu", memory=memory)
-    method = methods.get("wide_head")
-    prepared = method.prepare(problem, target)
-    thetas, positions = (explicit(model), explicit(other)), problem.O // WIDE
+    problem, thetas = pair(kind, True)
+    target, positions = Target("torch", "float64", "cpu", memory=memory), problem.O // WIDE
+    method, prepared = methods.get("wide_head"), ready_for(kind, True, memory)
     for metric in METRICS:
         assert method.unsupported_reason(problem, metric, target) is None
         found = method.estimate(prepared, metric)
@@ -641,9 +649,8 @@ def test_no_matrix_is_as_large_as_the_outputs():
 
 
 def ends_of(kind: str):
-    """A network with a wide head at two sets of weights, as a problem, and its exact kernels."""
-    model, other = two(TIED[kind]) if kind in TIED else (seeded(HEADED[kind]).eval(), seeded(HEADED[kind], 1).eval())
-    return from_module(model, TOKENS, model_f=other, dtype="float64"), (explicit(model), explicit(other))
+    """As :func:`pair`, with a tied head if there is one of this kind."""
+    return pair(kind, kind in TIED)
 
 
 KINDS = (*HEADED, *(kind for kind in TIED if kind not in HEADED))
@@ -655,7 +662,7 @@ SPANNED = {"one position": "9 outputs are no more than the 12 dimensions"}
 def test_shorter_heads_and_known_moments_give_the_whole_kernel(kind):
     """Without random probes: the whole kernels of the networks that estimators run on."""
     problem, thetas = ends_of(kind)
-    short = methods.get("wide_head_u_statistics").prepare(problem, Target("torch", "float64", "cpu")).short
+    short = ready_for(kind, kind in TIED, 2**30).short
     for metric in METRICS:
         if metric == "alignment" and kind in SPANNED:
             with pytest.raises(BadInput, match=SPANNED[kind]):
@@ -670,12 +677,12 @@ def test_shorter_heads_and_known_moments_give_the_whole_kernel(kind):
         assert found == pytest.approx(exact(metric, *thetas), rel=1e-10), metric
 
 
-@pytest.mark.parametrize("kind", ["with a bias", "last position", "tied", "functional"])
+@pytest.mark.parametrize("kind", mostly_slow(["with a bias", "tied", "last position", "functional"], 2))
 def test_estimates_are_unbiased_with_calibrated_errors(kind):
     problem, thetas = ends_of(kind)
     target = Target("torch", "float64", "cpu")
     method, whole = (methods.get(name) for name in ("wide_head_u_statistics", "structured_block_u_statistics"))
-    prepared, all_outputs = method.prepare(problem, target), whole.prepare(problem, target)
+    prepared, all_outputs = ready_for(kind, kind in TIED, 2**30), whole.prepare(problem, target)
     for metric in METRICS:
         right, passes = exact(metric, *thetas), 64 if metric == "alignment" else 32
         found = [method.estimate(prepared, metric, passes, seed) for seed in range(60)]
@@ -691,9 +698,8 @@ def test_estimates_are_unbiased_with_calibrated_errors(kind):
 
 @pytest.mark.parametrize("kind", ["with a bias", "tied"])
 def test_the_same_probes_serve_several_metrics(kind):
-    problem, thetas = ends_of(kind)
-    method = methods.get("wide_head_u_statistics")
-    prepared = method.prepare(problem, Target("torch", "float64", "cpu"))
+    _, thetas = ends_of(kind)
+    method, prepared = methods.get("wide_head_u_statistics"), ready_for(kind, kind in TIED, 2**30)
     for names in (("trace", "norm"), ("trace", "effective_rank"), METRICS):
         for name, found in method.estimates(prepared, names, 64, seed=1).items():
             low, high = found.interval(0.9999)

@@ -241,8 +241,9 @@ class _Search:
                 raise
             self._refused(name, errors.reason(error))
             return None
-        if options.rtol is not None and not isinstance(step, Stochastic) and not _reached(found, options):
-            self.remarks.append(rounding_note(options.rtol))
+        rtol = options.rtol
+        if rtol is not None and not isinstance(step, Stochastic) and not _reached(found, rtol, options.confidence):
+            self.remarks.append(rounding_note(rtol))
         if name in SIDES:
             self.remarks.insert(0, _side(self._problem, name))
         return Estimates({key: self._noted(each) for key, each in found.items()})
@@ -402,11 +403,9 @@ def _most(options: Options) -> float:
     return TOLERANCE_PASSES if options.passes is None else options.passes
 
 
-def _reached(found: Mapping[str, Estimate], options: Options) -> bool:
-    """Whether estimates are within the tolerance, if there is one."""
-    if options.rtol is None:
-        return True
-    return all(estimate.relative_width(options.confidence) <= options.rtol for estimate in found.values())
+def _reached(found: Mapping[str, Estimate], rtol: float, confidence: float) -> bool:
+    """Whether all estimates are within a tolerance."""
+    return all(estimate.relative_width(confidence) <= rtol for estimate in found.values())
 
 
 def _side(problem: Problem, name: str) -> str:

@@ -15,9 +15,6 @@ from ntkbench.measure import journal, outcomes, timing, watchdog
 from ntkbench.measure.limits import Limits
 from ntkbench.measure.outcomes import Outcome
 
-KILLED = -9
-"""Exit status of a process that was killed; Windows has no name for the signal."""
-
 
 def run(
     function: Callable[..., Mapping[str, Any]], arguments: tuple[Any, ...], limits: Limits, threads: int, part: Path
@@ -50,7 +47,7 @@ def _once(
     try:
         return dict(json.loads(part.read_text(encoding="utf-8"))), False
     except (OSError, ValueError):
-        return dict(outcomes.of_exit(child.exitcode or 0).columns()), child.exitcode == KILLED
+        return dict(outcomes.of_exit(child.exitcode or 0).columns()), child.exitcode == outcomes.KILLED
     finally:
         part.unlink(missing_ok=True)
 

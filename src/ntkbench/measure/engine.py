@@ -29,7 +29,6 @@ from ntkbench.measure.outcomes import Outcome
 SUITE = paths.ROOT / "benchmarks" / "pipeline"
 BENCHMARKS = {"memory": "ntk.Memory.peakmem_estimate", "seconds": "ntk.Seconds.time_estimate"}
 """The benchmark of each aspect."""
-KILLED = -9
 
 
 class Result(NamedTuple):
@@ -99,7 +98,7 @@ class Engine:
         if code == asv.runner.JSON_ERROR_RETCODE:
             return Result(None, [], outcomes.of_exit(0))
         if code:
-            return Result(None, [], outcomes.of_exit(code), killed=code == KILLED)
+            return Result(None, [], outcomes.of_exit(code), killed=code == outcomes.KILLED)
         value = found.result[index]
         samples = found.samples[index] or []
         number = None if isinstance(value, bool) or not isinstance(value, int | float) else float(value)

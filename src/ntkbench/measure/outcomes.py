@@ -12,6 +12,9 @@ OK, SKIPPED, FAILED, TIMEOUT, OUT_OF_MEMORY = STATUSES = ("ok", "skipped", "fail
 PASSING = (FAILED, TIMEOUT, OUT_OF_MEMORY)
 """Statuses that another attempt may change."""
 
+KILLED = -9
+"""Exit status of a process that was killed; Windows has no name for the signal."""
+
 
 class Outcome(NamedTuple):
     """Status and reason, as a row has them."""

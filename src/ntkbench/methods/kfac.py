@@ -8,7 +8,6 @@ from typing import Any
 from ntkbench import errors, metrics
 from ntkbench.estimate import Estimate
 from ntkbench.methods.base import Method, kronecker
-from ntkbench.metrics import Moments
 from ntkbench.operators import torch_network
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -72,13 +71,7 @@ class KFAC(Method):
     def estimate(self, prepared: dict[str, Any], metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         names = metrics.parameter_sets(metric)
         factors = [_factors(*prepared[name]) for name in names]
-        first, last = factors[0], factors[-1]
-        moments = Moments(
-            trace=sum(float(a.trace() * b.trace()) for a, b in first),
-            square=_products(first, first),
-            square_f=_products(last, last),
-            cross=_products(first, last),
-        )
+        moments = kronecker.moments(factors[0], factors[-1])
         outputs = prepared["theta_0"][2]
         return Estimate.of_moments(metric, moments, float(outputs * len(names)), self.name, kernel=self.computes)
 
@@ -109,7 +102,7 @@ def _network(problem: Problem, weights: str, target: Target) -> tuple[Any, Any, 
     return module, x, problem.output_shape[-1]
 
 
-def _factors(module: Any, x: Any, outputs: int) -> list[tuple[Any, Any]]:
+def _factors(module: Any, x: Any, outputs: int) -> list[kronecker.Factors]:
     """A_l and B_l of each layer, in float64."""
     import torch
     from curvlinops import FisherType, KFACLinearOperator
@@ -132,9 +125,3 @@ def _factors(module: Any, x: Any, outputs: int) -> list[tuple[Any, Any]]:
     one = x.new_ones(1, 1, dtype=torch.float64)  # the input of a bias without a weight
     # The Hessian of the squared error is 2.
     return [(inputs.get(name, one).double(), cotangents[name].double() / 2) for name in sorted(cotangents)]
-
-
-def _products(one: list[tuple[Any, Any]], other: list[tuple[Any, Any]]) -> float:
-    """tr of the product of two matrices, each given by its factors."""
-    pairs = zip(one, other, strict=True)
-    return sum(float((a * a_f).sum() * (b * b_f).sum()) for (a, b), (a_f, b_f) in pairs)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import numpy as np
 
@@ -11,7 +11,6 @@ from ntkbench import metrics
 from ntkbench.estimate import Estimate
 from ntkbench.methods.base import Method, PreparedProblem, kronecker
 from ntkbench.methods.base.method import certificate, notes
-from ntkbench.metrics import Moments
 from ntkbench.operators import JacobianOperator, arrays
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -63,18 +62,12 @@ class KFOC(Method):
     def estimate(self, prepared: PreparedProblem, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         jacobians, weights = prepared.jacobians(metric), prepared.problem.theta_0
         found = [[self._nearest(layer) for layer in _layers(j, weights)] for j in jacobians]
-        first, last = found[0], found[-1]
-        moments = Moments(
-            trace=sum(float(np.trace(a) * np.trace(b)) for a, b in first),
-            square=_inner(first, first),
-            square_f=_inner(last, last),
-            cross=_inner(first, last),
-        )
+        moments = kronecker.moments(found[0], found[-1])
         spent = sum(j.passes for j in jacobians)
         said = notes(jacobians), certificate(jacobians)
         return Estimate.of_moments(metric, moments, spent, self.name, *said, kernel=self.computes)
 
-    def _nearest(self, gradients: np.ndarray) -> Factors:
+    def _nearest(self, gradients: np.ndarray) -> kronecker.Factors:
         """A and B of a layer from its gradients ``[n, C, D]``; B has the norm 1."""
         n, C, D = gradients.shape
         b, norm = np.eye(C) / np.sqrt(C), 0.0
@@ -86,14 +79,7 @@ class KFOC(Method):
                 break
             b = right.T @ (gradients @ a).transpose(0, 2, 1).reshape(n * D, C)
             b /= np.linalg.norm(b)
-        return Factors(a, b)
-
-
-class Factors(NamedTuple):
-    """A layer's factors on the sides of its inputs and of its outputs."""
-
-    a: np.ndarray
-    b: np.ndarray
+        return a, b
 
 
 def _layers(j: JacobianOperator, weights: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
@@ -109,8 +95,3 @@ def _layers(j: JacobianOperator, weights: Mapping[str, np.ndarray]) -> Iterator[
         if bias in parts and parts[bias].shape == (len(rows), weights[name].shape[0], 1):
             parts[name] = np.concatenate([parts[name], parts.pop(bias)], axis=2)
     yield from parts.values()
-
-
-def _inner(one: Sequence[Factors], other: Sequence[Factors]) -> float:
-    """tr of the product of two matrices, each given by its factors."""
-    return sum(float((a * a_f).sum() * (b * b_f).sum()) for (a, b), (a_f, b_f) in zip(one, other, strict=True))

@@ -18,6 +18,6 @@ class XNysTrace(FactoredXNysTrace):
         "Epperly et al. 2024 (doi 10.1137/23M1548323), section 2.3 (XNysTrace with normalisation), through a QR of J^T "
         "U"
     )
-    use_when = "a trace is needed, samples interact, the spectrum decays, and k gradients fit in memory"
+    use_when = "a trace is needed, samples interact, the spectrum decays, and 3k gradients fit in memory"
     variance = "falls with the tail of the spectrum; 0 once k exceeds the rank of Theta"
     side = "reverse"

@@ -27,6 +27,7 @@ __all__ = [
     "device_name",
     "linearise",
     "plain_gradient",
+    "reset_device_memory",
     "torch_network",
     "working_memory",
 ]
@@ -130,12 +131,21 @@ def device_name(target: Target) -> str:
 
 
 def device_memory(target: Target) -> int | None:
-    """Peak bytes allocated on the target's GPU in this process; ``None`` on the CPU.
+    """Peak bytes allocated on the target's GPU, in this process or since a reset; ``None`` on the CPU.
 
     Raises:
         Unavailable: the device is not present.
     """
     return _backend(target.backend).device_memory(target)
+
+
+def reset_device_memory(target: Target) -> None:
+    """Let :func:`device_memory` count from now on. JAX cannot: its peak remains that of the process.
+
+    Raises:
+        Unavailable: the device is not present.
+    """
+    _backend(target.backend).reset_device_memory(target)
 
 
 def working_memory(target: Target) -> int:

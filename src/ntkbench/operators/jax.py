@@ -110,6 +110,10 @@ def device_memory(target: Target) -> int | None:
     return statistics["peak_bytes_in_use"] if statistics else None
 
 
+def reset_device_memory(target: Target) -> None:
+    """See :func:`ntkbench.operators.reset_device_memory`."""
+
+
 def free_memory(target: Target) -> int:
     """Bytes that an array on the device may take."""
     statistics = place(target).memory_stats()

@@ -106,6 +106,13 @@ def device_memory(target: Target) -> int | None:
     return torch.cuda.max_memory_allocated(where) if where.type == "cuda" else None
 
 
+def reset_device_memory(target: Target) -> None:
+    """See :func:`ntkbench.operators.reset_device_memory`."""
+    where = device(target)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+
+
 def free_memory(target: Target) -> int:
     """Bytes that a tensor on the device may take."""
     where = device(target)

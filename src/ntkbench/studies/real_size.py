@@ -70,7 +70,7 @@ def run(settings: Settings) -> pd.DataFrame:
     """One row for each case.
 
     ``seconds`` and ``memory_bytes`` are those of one call; memory is the peak resident memory minus that before the
-    call, or on a GPU the peak of all allocations so far. ``allowed_bytes`` is the value of ``memory=``, and
+    call, or on a GPU the peak of all allocations. ``allowed_bytes`` is the value of ``memory=``, and
     ``weights_bytes`` the size of the parameters, at both sets of weights for an alignment; ``within_allowed`` tells
     whether the memory is at most their sum. ``goal_met`` tells whether a case with a goal reaches its tolerance within
     the limits of time and memory. ``low`` and ``high`` are the ends of the 95 % interval.
@@ -93,6 +93,7 @@ def _measure(settings: Settings, case: Case) -> dict[str, Any]:
         estimate = ladder.estimates(problem, (case.metric,), target, Options(rtol=case.rtol), prepare)[case.metric]
         found.append((time.perf_counter() - start, estimate))
 
+    operators.reset_device_memory(target)
     peak = timing.peak_bytes(call)
     ((seconds, estimate),) = found
     low, high = estimate.interval()

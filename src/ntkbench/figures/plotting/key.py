@@ -22,17 +22,6 @@ Key = Sequence[tuple[str, Sequence[Entry]]]
 _BLANK = Line2D([], [], linestyle="")
 
 
-def method_entries(looks: Iterable[Look], backends: dict[str, list[str]]) -> Key:
-    """Key entries of methods, by kind: drawn as for PyTorch, or for the first backend of methods without PyTorch."""
-    kinds: dict[str, list[Entry]] = {}
-    for look in looks:
-        style = look.line("torch" if "torch" in backends[look.method] else backends[look.method][0])
-        if look.kind != "stochastic":
-            style["linestyle"] = ""
-        kinds.setdefault(look.kind, []).append((Line2D([], [], **style), look.title))
-    return list(kinds.items())
-
-
 def backend_entries(backends: Iterable[str], linestyle: bool = True) -> list[Entry]:
     """Key entries of backends."""
     sample = Look("", "", "", GREY, "o")

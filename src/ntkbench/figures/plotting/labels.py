@@ -80,10 +80,10 @@ def short(text: str, most: int = 60) -> str:
     return plain(textwrap.shorten(text, most, placeholder=" \N{HORIZONTAL ELLIPSIS}"))
 
 
-def power_label(value: float, between: tuple[int, int] | None = None) -> str:
-    """A tick as a power of ten; a plain number if it is not one, or if its power lies strictly between those given."""
+def power_label(value: float) -> str:
+    """A tick as a power of ten; a plain number if it is not one."""
     power = round(math.log10(value))
-    if not math.isclose(value, 10.0**power) or (between and between[0] < power < between[1]):
+    if not math.isclose(value, 10.0**power):
         return f"{value:g}"
     return rf"$10^{{{power}}}$"
 

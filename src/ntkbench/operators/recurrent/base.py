@@ -166,6 +166,12 @@ class RecurrentJacobian(JacobianOperator):
     def _sample_jvp(self, samples: slice, w: Array) -> Array:
         return self.call(products.jvp_by_trial, self.linear.part(samples), w).reshape(*w.shape[:2], self.O)
 
+    def _next_way(self, kind: str, reason: str) -> bool:
+        return False  # the derivatives are explicit
+
+    def _is_plain(self, kind: str) -> bool:
+        return False
+
     def _sample_squares(self, samples: slice, v: Array) -> Array:
         if not self._by_inner_products:
             return (self._sample_vjp(samples, v) ** 2).sum(-1)

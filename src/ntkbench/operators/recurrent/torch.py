@@ -56,12 +56,6 @@ class TorchRecurrentJacobian(RecurrentJacobian, TorchJacobian):
         parts = [product(part.contiguous()) for part in rows.tensor_split(chunks)]
         return parts[0] if chunks == 1 else torch.cat(parts)
 
-    def _next_way(self, kind: str, reason: str) -> bool:
-        return False  # the derivatives are explicit
-
-    def _is_plain(self, kind: str) -> bool:
-        return False
-
     def call(self, product: Callable[..., Any], *arrays: Any) -> Any:
         run = functools.partial(product, TorchLoops, self.layout)
         with torch.no_grad():

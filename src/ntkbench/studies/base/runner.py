@@ -14,7 +14,6 @@ import psutil
 from ntkbench import errors, operators, paths, studies
 from ntkbench.measure import fingerprints, journal, outcomes, timing, watchdog
 from ntkbench.measure.config import Config
-from ntkbench.measure.engine import KILLED
 from ntkbench.measure.journal import Journal, Rows
 from ntkbench.measure.limits import Limits
 from ntkbench.measure.outcomes import Outcome
@@ -55,7 +54,7 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
             outcome = Outcome(*watch.verdict) if watch.verdict else outcomes.of_exit(code)
             with Journal(kept) as rows:
                 key = rows.begun
-                if code == KILLED and not watch.verdict and key not in killed:
+                if code == outcomes.KILLED and not watch.verdict and key not in killed:
                     killed.add(key)  # by something else; the row is tried once more
                     continue
                 if key is None:
