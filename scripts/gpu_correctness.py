@@ -223,6 +223,7 @@ def peak(target: Target) -> Finding:
     Raises:
         Unavailable: the device is the CPU, whose allocator does not count.
     """
+    operators.reset_device_memory(target)
     _trace(linear(4096, 1), target)
     found, held = operators.device_memory(target), 4096**2 * target.itemsize
     if found is None:

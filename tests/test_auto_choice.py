@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import pandas as pd
@@ -98,7 +99,7 @@ def test_a_tolerance_is_reached(table):
 
 def test_a_rival_reaches_the_tolerance_with_each_timed_seed(monkeypatch):
     settings, task = auto_choice.Settings(threads=1), {"problem": "digits_mlp[N=4]", "metric": "trace", "rtol": 0.3}
-    found = auto_choice._alone(settings, task, "hutchinson")
+    found = auto_choice._alone(settings, task, "hutchinson", math.inf)
     assert found["seeds"] == len(auto_choice.SEEDS) and found["relative_width"] <= 0.3
     estimate = auto_choice._estimate
 
@@ -108,4 +109,21 @@ def test_a_rival_reaches_the_tolerance_with_each_timed_seed(monkeypatch):
 
     monkeypatch.setattr(auto_choice, "_estimate", last_is_wide)
     with pytest.raises(Unavailable, match="reaches"):
-        auto_choice._alone(settings, task, "hutchinson")
+        auto_choice._alone(settings, task, "hutchinson", math.inf)
+
+
+@pytest.mark.parametrize(("of_auto", "given_up"), [(0.1, True), (0.45, False)])
+def test_a_rival_that_may_be_faster_than_auto_is_not_given_up(monkeypatch, of_auto, given_up):
+    """However small ``patience_s`` is: the rival takes 0.5 s."""
+    patience = []
+
+    def alone(settings, task, name, limit):
+        if name == auto_choice.AUTO:
+            return {"alone_seconds": of_auto}
+        patience.append(limit)
+        raise Unavailable("not measured here")
+
+    monkeypatch.setattr(auto_choice, "_alone", alone)
+    monkeypatch.setattr(auto_choice.base, "in_turn", lambda task, turns, calls: [[] for _ in turns])
+    auto_choice._rows(auto_choice.Settings(threads=1, limits={"patience_s": 0.2}), "digits_mlp[N=4]", "trace", 0.1)
+    assert patience and all((limit < 0.5) == given_up for limit in patience)

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ntkbench import figures, methods, paths, problems, readme, studies, testing
 from ntkbench.estimate import Estimate
 from ntkbench.figures import calibration as figure
+from ntkbench.figures.plotting import base
 from ntkbench.measure.seeds import Reruns
 from ntkbench.metrics import METRICS
 from ntkbench.studies import calibration as study
@@ -22,6 +23,7 @@ from ntkbench.studies import calibration as study
 SMALL = {"threads": 1, "device": "cpu"}
 TRIED = ["auto", "gram_reverse", "hutchpp", "sample_subset"]
 SEEDS = 4
+COVERAGE = ("covered", "covered_low", "covered_high")
 
 
 def settings(**given):
@@ -258,7 +260,7 @@ def test_all_stochastic_methods_take_part():
 def test_the_figure_counts_the_cases_and_plots_the_numbers_of_the_table(table, tmp_path):
     figures.draw("calibration", table, tmp_path)
     plotted = pd.read_csv(tmp_path / "calibration.csv")
-    drawn = table[table["covered"].notna() & table["ratio"].notna() & (table["way"] != "matched")]
+    drawn = table[table["covered"].notna() & (table["way"] != "matched")]
     assert len(plotted) == len(drawn) > 0
     keys = ["problem", "metric", "method", "way"]
     both = plotted.merge(drawn, on=keys, suffixes=("", "_table"), validate="1:1")
@@ -268,6 +270,24 @@ def test_the_figure_counts_the_cases_and_plots_the_numbers_of_the_table(table, t
     out = drawn["verdict"].isin(["below", "above"]).sum()
     assert f"{out} of {len(drawn)} cases" in said
     testing.check_figure("calibration", table)
+
+
+def test_a_case_without_a_stated_error_is_drawn_at_the_end_and_counted():
+    """No estimate states a finite error, or all state 0: the worst cases."""
+    case = {"status": "ok", "reason": "", "problem": "ordinary", "metric": "trace", "kind": "stochastic"}
+    case |= {"way": "passes", "rmse": 0.2, "noted": 0.0, "exact": 0.0, "passes_spent": 40, "seeds": 300}
+    case |= {"target_low": 0.9, "target_high": 0.98, "git_sha": "abc", "git_dirty": False, "machine": "a laptop"}
+    case |= {"device": "cpu", "dtype": "float32", "threads": 1}
+    good = {"method": "hutchinson", "title": "Hutchinson", "ratio": 1.0, "verdict": "in range"}
+    bad = {"method": "hutchpp", "title": "Hutch++", "ratio": None, "verdict": "below"}
+    rows = [case | good | dict.fromkeys(COVERAGE, 0.95), case | bad | dict.fromkeys(COVERAGE, 0.0)]
+    with base.style():
+        drawing = figure.draw(base.checked_study(pd.DataFrame(rows), figure.COLUMNS))
+    assert len(drawing.plotted) == 2 and "in 1 of 2 cases" in drawing.title
+    assert "1 of 2 cases" in drawing.caption
+    assert drawing.caption.endswith("Beyond the axes: 1 ratios (1 without a stated error), 1 coverages.")
+    (panel,) = (p for p in drawing.figure.axes if p.get_title(loc="left") == "measured error / stated error")
+    assert {float(line.get_xdata()[0]) for line in panel.lines if line.get_marker() in ("s", "o")} == {1.0, 2.5}
 
 
 def test_matched_budgets_are_not_counted_as_cases_of_auto():

@@ -106,6 +106,9 @@ def test_a_sentence_has_the_numbers_the_verdict_and_its_reason():
         .endswith("measured 40 (30 to ?; 95 % interval, 5 seeds): not reproduced (4 times the published value).")
     )
     assert "partly reproduced (equal to the published value, and an end" in claim(measured=(10, NAN, 12)).sentence()
+    three_digits = {"within": claims.DIGITS, "measured": (10.3, 10.2, 10.4)}
+    assert claim(**three_digits).reason == "1.03 times the published value"
+    assert claim(measured=(10.04, NAN, 12)).reason.startswith("equal to the published value, and an end")
     assert (
         "; nothing was measured: not addressed (too large)."
         in claim(measured=claims.UNKNOWN, note="too large").sentence()

@@ -48,6 +48,7 @@ def test_predicted_passes_and_budgets_are_those_of_an_estimate(problem, predicte
     assert (found.budget is None) == (method.kind != "stochastic")
     assert (found.error == 0) == (method.kind == "exact")
     assert found.operations == method.operations(problem, "trace", found.passes) > 0
+    assert found.samples == (4 if samples.needs_network(method) else None), "all samples, or a stand-in"
 
 
 def test_predicted_bytes_are_the_largest_block_or_what_a_method_says(problem, predicted):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pandas as pd
 import pytest
 from pydantic import ValidationError
@@ -32,6 +34,8 @@ def test_a_row_has_predicted_and_measured_costs(table):
     problem = problems.load(SMALL)
     expected = [methods.get(row.method).operations(problem, "norm", row.passes_spent) for row in table.itertuples()]
     assert table["predicted_operations"].tolist() == pytest.approx(expected)
+    ran = dict(zip(table["method"], table["samples"], strict=True))
+    assert ran["structured_derivatives"] == 8 and pd.isna(ran["hutchinson"]), "traced on all samples; a stand-in"
 
 
 @pytest.mark.slow
@@ -42,11 +46,19 @@ def test_large_predicted_bytes_are_near_the_measured_ones(table):
     assert (large["predicted_bytes"] / large["memory_bytes"]).between(1 / 4, 4).all(), large.to_string()
 
 
-def test_computations_that_take_too_long_are_left_out():
+@pytest.mark.parametrize(("seconds", "status"), [(9.0, "ok"), (11.0, "skipped")])
+def test_computations_are_left_out_above_twice_the_patience(monkeypatch, seconds, status):
+    predict = cost_model.cost.predict
+
+    def slow(*args, **named):
+        return [dataclasses.replace(each, seconds=seconds) for each in predict(*args, **named)]
+
+    monkeypatch.setattr(cost_model.cost, "predict", slow)
     cases = [{"problem": SMALL, "metric": "trace", "methods": ["direct"]}]
-    given = {"threads": 1, "device": "cpu", "calls": 1, "cases": cases, "limits": {"patience_s": 1e-9}}
+    given = {"threads": 1, "device": "cpu", "calls": 1, "cases": cases, "limits": {"patience_s": 5}}
     (row,) = studies.run("cost_model", studies.settings("cost_model", given)).to_dict("records")
-    assert row["status"] == "skipped" and "over patience_s (1e-09)" in row["reason"]
+    said = "" if status == "ok" else "is predicted to take 11 s, over 2 times patience_s (5)"
+    assert row["status"] == status and said in row["reason"]
 
 
 @pytest.mark.parametrize(
@@ -76,10 +88,13 @@ def test_the_title_of_the_figure_is_what_was_found(tmp_path):
         | {"reason": "", "predicted_seconds": ratio * 0.1, "seconds": 0.1, "calls": 3, "predicted_bytes": ratio * 4e6}
         | {"memory_bytes": 4e6 if i else 10.0, "predicted_passes": 10, "passes_spent": 10, "device": "cpu"}
         | {"dtype": "float32", "threads": 1, "machine": "a laptop", "git_sha": "0123456789", "git_dirty": False}
+        | {"samples": None if kind == "stochastic" else 32, "N": 64}
         for i, (kind, ratio) in enumerate(
             zip(("exact", "stochastic", "approximate", "exact"), (1.2, 1.9, 0.9, 4.0), strict=True)
         )
     ]
+    rows += [rows[0] | {"predicted_seconds": 0.1, "samples": 64}]
+    rows += [rows[0] | {"status": "skipped", "reason": "is predicted to take 12 s", "seconds": None}] * 2
     files = figures.draw("cost_model", pd.DataFrame(rows), tmp_path)
     drawing = figures.REGISTRY.get("cost_model").draw(base.checked_study(pd.DataFrame(rows), cost_model_columns()))
     texts = [text.get_text() for text in drawing.figure.texts]
@@ -87,6 +102,8 @@ def test_the_title_of_the_figure_is_what_was_found(tmp_path):
     plotted = pd.read_csv(files[0])
     assert plotted["seconds_ratio"].tolist() == pytest.approx([1.2, 1.9, 0.9, 4.0])
     assert plotted["memory_ratio"].tolist() == pytest.approx([1.2 * 4e6 / 2**19, 1.9, 0.9, 4.0]), "at least half a MiB"
+    assert "Left out: 1 predicted by running on all samples. Not measured: 2 predicted to take" in drawing.caption
+    assert len(drawing.caption.split()) <= 60
     assert "Memory peaks: 50 % of 4 within a factor of 2; those below 0.5 MiB count as 0.5 MiB" in files[1].read_text()
 
 

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from ntkbench import methods, problems
+from ntkbench import methods, operators, problems
 from ntkbench.errors import NtkbenchError, Unavailable
-from ntkbench.measure import execution
+from ntkbench.measure import execution, timing
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
 from ntkbench.measure.execution import Execution
@@ -71,6 +71,20 @@ def test_memory_notes_the_bytes_held_before_the_call(config, record):
     made.call_for_peak()
     kept = execution.read(record)
     assert kept["baseline_bytes"] > 2**20 and kept["memory_seconds"] > 0 and kept["gpu_peak_bytes"] is None
+
+
+def test_memory_is_that_of_a_later_call(config, record, monkeypatch):
+    """Every method has then traced and compiled; peaks of earlier work do not count."""
+    done = []
+    made = Execution(CELL, config, record)
+    estimate = made.estimate
+    monkeypatch.setattr(made, "estimate", lambda: done.append("call") or estimate())
+    monkeypatch.setattr(timing, "settle_memory", lambda: done.append("settle"))
+    monkeypatch.setattr(operators, "reset_device_memory", lambda target: done.append("reset"))
+    made.settle()
+    made.call_for_peak()
+    assert done == ["call", "settle", "reset", "call"]
+    assert execution.read(record)["first_call_seconds"] > 0
 
 
 @pytest.mark.parametrize(

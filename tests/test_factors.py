@@ -60,6 +60,18 @@ class Wide(Net):
         return self.use(self.two, torch.tanh(self.use(self.one, x))).mean((2, 3))
 
 
+class Video(Net):
+    """A convolution of the three images of each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(1, 2, 2), nn.Linear(8, 2)
+
+    def run(self, x: Tensor) -> Tensor:
+        images = torch.tanh(self.use(self.one, x.flatten(0, 1)))
+        return self.use(self.two, images.flatten(1).unflatten(0, (len(x), 3)).mean(1))
+
+
 class Twice(Net):
     """A weight that is used twice."""
 
@@ -129,6 +141,7 @@ class Memory(Net):
 INPUTS = {
     Perceptron: lambda: torch.randn(5, 4),
     Wide: lambda: torch.randn(3, 64),
+    Video: lambda: torch.randn(3, 3, 1, 3, 3),
     Twice: lambda: torch.randn(4, 4),
     Language: lambda: torch.randint(5, (3, 4)),
     Autoencoder: lambda: torch.randn(4, 5),

@@ -30,6 +30,17 @@ def make():
 def two():
     torch.manual_seed(0)
     return nn.Bilinear(3, 2, 2), {"a": torch.ones(4, 3), "b": torch.ones(4, 2)}, lambda m, x: m(x["a"], x["b"])
+
+def recurrent():
+    torch.manual_seed(0)
+    return nn.GRU(3, 2), torch.randn(5, 4, 3)
+
+def normed():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), torch.randn(4, 3)
+
+def dropping():
+    return nn.Sequential(nn.Linear(3, 2), nn.Dropout()), torch.ones(4, 3)
 """
 MINE = "my_networks_of_tests"
 _numbers = itertools.count()
@@ -74,6 +85,15 @@ def test_a_factory_is_a_problem_of_the_grid(mine, name):
     assert found.value == pytest.approx(4 * 2 * (3 + 1))
     assert problems.load(f"{name}_two").O == 2
     assert config({name: f"{MINE}:make"}, name).factories, "once is enough"
+
+
+def test_networks_of_factories_are_checked_like_those_of_a_kernel(mine, name):
+    config({f"{name}_{kind}": f"{MINE}:{kind}" for kind in ("recurrent", "normed")}, f"{name}_recurrent")
+    recurrent, normed = (problems.load(f"{name}_{kind}") for kind in ("recurrent", "normed"))
+    assert recurrent.output_shape == (4, 5, 2) and not recurrent.samples_interact
+    assert normed.samples_interact
+    with pytest.raises(BadInput, match=r"Dropout in train mode \(1\): call model.eval\(\) first"):
+        config({name: f"{MINE}:dropping"}, name)
 
 
 def test_child_processes_know_the_problem_in_any_folder(mine, name, tmp_path):

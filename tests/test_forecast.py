@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from ntkbench import cost, methods, problems
+from ntkbench import cost, methods, operators, problems
 from ntkbench.cli import main
 from ntkbench.measure import fingerprints, forecast, shard
 from ntkbench.measure.cells import cells
@@ -53,6 +53,12 @@ def test_forecasts_cover_cells_whose_method_applies(tmp_path):
     assert all(one.seconds > 0 for one in found.values()) and not list(tmp_path.iterdir())
     spectral = [replace(cell, metric="condition_number") for cell in every]
     assert forecast.make(config(), spectral, tmp_path) == {}
+
+
+def test_cells_of_a_backend_that_lacks_the_device_have_no_forecast(monkeypatch):
+    monkeypatch.setattr(operators, "device_name", lambda target: "cpu" if target.backend == "jax" else "a GPU")
+    cell = replace(cells(config())[0], backend="jax")
+    assert forecast._predict(config(), [cell]) == {"costs": {}}
 
 
 def test_a_problem_that_fails_has_no_forecasts_and_the_others_do(tmp_path, monkeypatch, capfd):

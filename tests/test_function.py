@@ -527,8 +527,41 @@ def test_leaves_are_named_by_their_paths_and_sorted_into_kinds():
     assert set(problem.theta_0) == {"w"} and set(problem.fixed_0) == {"chosen"}
     problem, *_ = case("several inputs")
     assert set(problem.theta_0) == {"image", "table", "x.words"} and problem.x.shape == (4, 4 + 3)
-    single = from_function(lambda w, x: x @ w, rows(3)(2), rng().standard_normal((3, 2)))
-    assert set(single.theta_0) == {"params"} and single.name == "function"
+    single = from_function(lambda w, x: x @ w, rows(3)(2), *(rng(seed).standard_normal((3, 2)) for seed in range(2)))
+    assert set(single.theta_0) == set(single.theta_f) == {"params"} and single.name == "function"
+
+
+def test_parameters_that_are_one_array_are_told_from_a_target():
+    f = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
+    ends = [rng(seed).standard_normal((3, 2)) for seed in range(2)]
+    thetas = [J @ J.T for J in (jacobian(f, X, w) for w in ends)]
+    found = ntkbench.Kernel(f, X, params=ends[0]).alignment(ends[1])
+    assert float(found) == pytest.approx(metrics_of(*thetas)["alignment"])
+    kernel = ntkbench.Kernel(f, X[:3], params=ends[0])  # its outputs have the shape of its parameters
+    for use in (kernel.alignment, kernel.metrics):
+        with pytest.raises(BadInput, match=r"\(3, 2\) may be .* a target: .* or a target as \(6,\) or"):
+            use(ends[1])
+    thetas = [J @ J.T for J in (jacobian(f, X[:3], w) for w in ends)]
+    assert float(kernel.alignment(kernel.at(ends[1]))) == pytest.approx(metrics_of(*thetas)["alignment"])
+
+
+def test_collections_other_than_the_parameters_need_a_selection():
+    """As the running statistics among the variables of a Flax module."""
+    f = lambda variables, x: linear(variables["params"], x) - variables["batch_stats"]["mean"]  # noqa: E731
+    variables = {"params": W, "batch_stats": {"mean": np.zeros(2)}}
+    with pytest.raises(BadInput, match=r"collections params, batch_stats: give parameters='params'.*'\*' for all"):
+        ntkbench.trace(f, X, params=variables)
+    for J, selected in ((jacobian(linear, X, W), "params"), (jacobian(f, X, variables), "*")):
+        assert float(ntkbench.trace(f, X, params=variables, parameters=selected)) == pytest.approx((J**2).sum())
+    groups = ntkbench.trace(f, X, params=variables, parameters={"trained": "params", "mean": "batch_stats"})
+    assert sum(map(float, groups.values())) == pytest.approx((J**2).sum())
+
+
+def test_the_memory_of_a_product_includes_the_branches_of_a_condition():
+    plain = lambda params, x: jnp.tanh(linear(params, x))  # noqa: E731
+    either = lambda params, x: jax.lax.cond(x.sum() > 0, lambda: plain(params, x), lambda: linear(params, x))  # noqa: E731
+    one, two = (linearise(from_function(f, X, W), "theta_0", TARGET).bytes_per_probe() for f in (plain, either))
+    assert two > one
 
 
 def test_colliding_names_are_distinguished():

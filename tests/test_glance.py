@@ -68,6 +68,12 @@ def test_unknown_costs_have_no_forecast(monkeypatch):
     assert glance.warnings(some, cells(some)) == [], "the rates are those of a processor"
 
 
+def test_cells_of_a_backend_that_lacks_the_device_have_no_forecast(monkeypatch):
+    monkeypatch.setattr(operators, "device_name", lambda target: "cpu" if target.backend == "jax" else "a GPU")
+    cell = Cell("gru_hazelden[N=4,T=5]", "hutchinson", "jax", "trace", 64)
+    assert glance.costs(config(["hutchinson"]), [cell]) == {}
+
+
 def test_forecasts_are_of_the_right_size_on_problems_that_gave_no_rates():
     rates = glance._rates()
     assert len(rates) > 50

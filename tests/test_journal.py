@@ -116,6 +116,29 @@ def test_the_unfinished_row_is_known_after_an_interruption(tmp_path):
         assert journal.begun is None
 
 
+def test_an_unfinished_row_can_be_forgotten_and_finished_ones_stay(tmp_path):
+    path = tmp_path / "study.journal"
+    with Journal(path) as journal:
+        journal.finish("a", "this", OK)
+        journal.begin("a", "this")
+    with Journal(path) as journal:
+        journal.forget_begun()
+        assert journal.begun is None
+    assert journals.begun(path) is None and journals.rows_of([path]) == {("a", "this"): OK}
+
+
+@pytest.mark.parametrize(("is_timed", "where"), [(True, "ab"), (False, "a")])
+def test_a_row_is_measured_again_in_another_place_if_one_is_given(tmp_path, is_timed, where):
+    done = []
+    for machine in "abb":
+        whence = {"machine": machine, "device": "cpu"}
+        rows = {"whence": whence, "place": whence if is_timed else None}
+        with Journal(tmp_path / "study.journal") as journal, journals.kept(Rows(journal, "this", **rows)):
+            made = base.row({"m": 1}, lambda machine=machine: done.append(machine) or {})
+        assert made["machine"] == done[-1]
+    assert "".join(done) == where
+
+
 def test_failed_rows_are_dropped_on_request(tmp_path):
     path = tmp_path / "study.journal"
     with Journal(path) as journal:

@@ -84,6 +84,67 @@ def test_kernels_between_samples_are_the_same_explicit_and_traced(name):
     torch.testing.assert_close(kernel.ntk(X2, kernel=name, seed=3), ntkbench.ntk(net(), X, X2, kernel=name, seed=3))
 
 
+class Shared(nn.Module):
+    """A head that is used twice, or whose weight is transposed before the first layer."""
+
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, O, bias=False)
+        self.early = early
+
+    def forward(self, x):
+        turned = self.head.weight.T
+        h = self.a(x).tanh()
+        if self.early:
+            return self.b(h).tanh() @ turned
+        return self.head(h) + self.head(self.b(h).tanh())
+
+
+class Foreign(nn.Module):
+    """A decoder whose bias is a parameter of another module, and whose weight may be that of an embedding."""
+
+    def __init__(self, tied: bool, *, turned: bool = False) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(O))
+        self.scale = nn.Parameter(torch.ones(4))
+        self.body = nn.Embedding(O, 4) if tied else nn.Linear(4, 4)
+        self.decoder = nn.Linear(4, O)
+        self.decoder.bias = self.bias
+        if tied:
+            self.decoder.weight = self.body.weight
+        self.turned = turned
+
+    def forward(self, x):
+        h = (self.body(x) * self.scale).tanh()
+        if self.turned:  # the layer gets a sequence that is not contiguous
+            return self.decoder(torch.stack([h, h.sin()], 2).transpose(1, 2)).flatten(1)
+        return self.decoder(h)
+
+
+TOKENS = torch.tensor([0, 2, 1, 1, 2])
+LAST = {
+    "used twice": (lambda: Shared(False), X, ["head.weight"]),
+    "transposed early": (lambda: Shared(True), X, ["head.weight"]),
+    "foreign bias": (lambda: Foreign(False), X, ["bias", "decoder.weight"]),
+    "foreign bias, added": (lambda: Foreign(False, turned=True), X, ["bias", "decoder.weight"]),
+    "tied, foreign bias": (lambda: Foreign(True), TOKENS, ["bias", "body.weight"]),
+}
+
+
+@pytest.mark.parametrize("case", LAST)
+def test_the_last_layer_is_the_same_explicit_and_traced(case):
+    torch.manual_seed(0)
+    make, x, names = LAST[case]
+    model = make().double()
+    own, outputs = dict(model.named_parameters()), model(x)
+    rows = [torch.autograd.grad(y, [own[key] for key in names], retain_graph=True) for y in outputs.reshape(-1)]
+    J = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows]).view(N, outputs[0].numel(), -1)
+    exact = torch.einsum("aop,bop->ab", J, J) / J.shape[1]
+    kernel = ntkbench.Kernel(model, x, dtype="float64")
+    for _ in range(2):  # sample by sample, then layer by layer
+        torch.testing.assert_close(kernel.ntk(kernel="last_layer"), exact)
+
+
 def test_functions_give_the_same_as_the_methods_of_a_kernel():
     model, kernel = net(), ntkbench.Kernel(net(), X)
     for name in ("trace", "norm", "effective_rank"):

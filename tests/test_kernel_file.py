@@ -18,11 +18,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import ntkbench
 from ntkbench.errors import BadInput, NtkbenchError
 from ntkbench.kernel import Kernel
 from ntkbench.layerwise.certificate import Certificate
+from ntkbench.layerwise.kernel import LayerwiseKernel
+from ntkbench.layerwise.parts import KernelParts
 from ntkbench.operators.ranges import rectangle, row_ranges, within
 from ntkbench.problem import Problem
 
@@ -86,6 +89,29 @@ def test_equal_to_the_kernel_in_memory(tmp_path_factory, N, O, N2, memory, name,
     np.testing.assert_array_equal(np.load(file), found)
     if x2 is None:
         np.testing.assert_array_equal(found, found.T)
+
+
+def test_rows_and_columns_of_a_sum_over_directions_are_cut_into_the_same_directions():
+    """The normalised weight takes memory that does not grow with the samples, of which rows have more than columns."""
+    model, x, x2 = net(), inputs(7), inputs(1, 2)
+    parametrizations.weight_norm(model[2])
+    parameters = {key: w.detach() for key, w in model.named_parameters()}
+    values = list(parameters.values())
+    engine = LayerwiseKernel(model, parameters, x, 2**20)
+    theta = engine.kernel(values, x, x2).view(7, 3, 1, 3)
+    expected = theta.diagonal(dim1=1, dim2=3).sum(-1)
+    different = []
+    for engine.memory in range(250, 4000, 8):
+        task = engine._task(None, fold=True)
+        cuts = [engine._blocks(task, [values], each, whole=False) for each in (x, x2)]
+        rows, columns = ({block.directions.start for block in blocks} for blocks in cuts)
+        if rows != columns:
+            different.append(engine.memory)
+    assert different
+    for engine.memory in (different[0], different[-1]):
+        torch.testing.assert_close(engine.kernel(values, x, x2, fold=True), expected)
+        part = KernelParts(engine, values, x, x2, None, last_layer=False, fold=True)
+        torch.testing.assert_close(part(slice(0, 7), slice(0, 1)), expected)
 
 
 def test_no_rectangle_is_larger_than_its_share_of_memory(tmp_path, computed):

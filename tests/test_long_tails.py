@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import metrics_of, written_out
+from scipy import stats
 from torch import nn
 
+import ntkbench
 from ntkbench import methods
 from ntkbench.estimate import Estimate
 from ntkbench.estimators import accumulators, strata
@@ -111,6 +113,23 @@ def test_even_batches_have_no_notes(method, batch):
 def test_uneven_samples_that_are_not_taken_exactly_are_noted(method, passes):
     for each in found(method, "one outlier", passes, 3):
         assert "have most of ||Theta||^2, and none is taken exactly" in each["norm"].notes[0]
+
+
+@pytest.mark.parametrize("name", ["per_sample_trace", STRUCTURED])
+def test_traces_of_uneven_batches_are_covered_and_noted(name):
+    """One of 16 samples has most of the trace, and two probes of its three outputs agree in a quarter of the cases."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False)).double()
+        x = torch.randn(16, 4, dtype=torch.float64)
+    x[5] *= 30
+    given = ntkbench.from_module(model, x, dtype="float64")
+    exact, method = np.square(written_out(given)).sum(), methods.get(name)
+    ready = method.prepare(given, Target("torch", "float64", "cpu", 2**30))
+    made = [method.estimate(ready, "trace", 2, seed) for seed in range(60)]
+    assert all("few samples have most of the trace" in " ".join(each.notes) for each in made)
+    assert sum(each.covers(exact, "float64") for each in made) >= stats.binom.ppf(1e-3, 60, 0.95)
+    assert any(each.standard_error > 0 for each in made)
 
 
 @pytest.mark.parametrize("method", ["block_u_statistics", "group_u_statistics"])

@@ -136,6 +136,27 @@ def test_traces_are_certified_however_many_outputs_there_are(name, outputs, monk
     base.neural_tangents._compiled.cache_clear()
 
 
+@pytest.mark.parametrize("outputs", [1, 70])
+def test_the_certificate_of_a_trace_covers_all_samples(outputs):
+    """The programs take each sample alone, and the first ones do not show that another changes them."""
+    import jax
+
+    def forward(weights, x):
+        return (x @ weights["p"]) * (1 + jax.nn.relu(-x).sum())
+
+    x = np.ones((100, 1))
+    weights, method = {"p": np.ones((1, outputs))}, methods.get(METHODS[0])
+    problem = Problem("one sample changes the others", None, x, weights, jax_forward=forward)
+    alone = method.estimate(method.prepare(problem, target()), "trace")
+    assert alone.value == pytest.approx(100 * outputs) and alone.certificate < 1e-12
+    x = x.copy()
+    x[13] = -1
+    prepared = method.prepare(dataclasses.replace(problem, x=x), target())
+    for _ in range(2):
+        with pytest.raises(Uncertified):
+            method.estimate(prepared, "trace")
+
+
 def test_float32_sums_are_precise():
     """The precision of a long float32 sum depends on its order."""
     import jax

@@ -73,18 +73,49 @@ def test_another_network_is_evaluated_in_the_precision_of_the_first(dtype, input
     assert float(ntkbench.alignment(other, one, inputs, dtype="float64")) == pytest.approx(expected, rel=1e-11)
 
 
-def test_the_first_network_decides_which_parameters_count():
+def test_the_same_parameters_must_be_trainable_in_both_networks():
     one, other = net(), net(1)
     one[0].bias.requires_grad_(False)
-    assert float(ntkbench.alignment(one, other, X)) == pytest.approx(cosine(theta(one), _without_bias(other)))
-    with pytest.raises(BadInput, match=r"requires_grad=False for '0.bias'.*parameters="):
+    with pytest.raises(BadInput, match=r"requires_grad=True for '0.bias', which is frozen.*parameters="):
+        ntkbench.alignment(one, other, X)
+    with pytest.raises(BadInput, match=r"requires_grad=False for '0.bias', which is trainable.*parameters="):
         ntkbench.alignment(other, one, X)
+    expected = cosine(theta(one, names="2."), theta(other, names="2."))
+    for ends in ((one, other), (other, one)):
+        assert float(ntkbench.alignment(*ends, X, parameters="2.*")) == pytest.approx(expected)
 
 
-def _without_bias(module: nn.Module) -> Tensor:
-    module = copy.deepcopy(module)
-    module[0].bias.requires_grad_(False)
-    return theta(module)
+class Reading(nn.Module):
+    """A readout that is given as ``call``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(O, 2).double()
+
+    def forward(self, model: nn.Module, x: Tensor) -> Tensor:
+        return self.layer(model(x))
+
+
+@pytest.mark.parametrize("argument", ["call", "output"])
+def test_modules_that_are_given_have_their_present_values(argument):
+    body, reading = net(), Reading()
+    given = {argument: reading if argument == "call" else reading.layer}
+    kernel = Kernel(body, X, **given)
+    tracker = ntkbench.Tracker(body, X, every=1, metrics=("trace", "alignment"), **given)
+    whole = nn.Sequential(body, reading.layer)
+    before = theta(whole)
+    assert float(tracker(0)["trace"]) == pytest.approx(float(before.trace()))
+    with torch.no_grad():
+        reading.layer.weight.add_(1)
+    after = theta(whole)
+    assert float(kernel.trace()) == pytest.approx(float(before.trace()))
+    assert float(kernel.at(body).trace()) == pytest.approx(float(after.trace()))
+    wide = net(1, width=7)
+    assert float(kernel.alignment(wide)) == pytest.approx(cosine(before, theta(nn.Sequential(wide, reading.layer))))
+    reading.requires_grad_(False).eval()  # a tracker keeps its parameters
+    found = tracker(1)
+    assert float(found["trace"]) == pytest.approx(float(after.trace()))
+    assert float(found["alignment"]) == pytest.approx(cosine(before, after))
 
 
 @pytest.mark.parametrize("make", [net, normed, lambda seed=0: normed(seed).eval(), Tied], ids=lambda f: f.__name__)
@@ -278,6 +309,21 @@ def test_a_loader_that_shuffles_is_read_in_order_and_left_as_it_was(options):
     )
     torch.testing.assert_close(Kernel(net(), loader, call=call).ntk(), theta(net(), x))
     assert torch.equal(generator.get_state(), before) and torch.equal(torch.get_rng_state(), ambient)
+
+
+class Doubling(DataLoader):
+    """Doubles the samples of its data set."""
+
+    def __iter__(self):
+        for (x,) in super().__iter__():
+            yield (2 * x,)
+
+
+def test_a_loader_that_shuffles_and_iterates_in_its_own_way_keeps_it():
+    loader = Doubling(TensorDataset(X), batch_size=4, shuffle=True)
+    expected = float(theta(net(), 2 * X).trace())
+    assert float(Kernel(net(), loader).trace()) == pytest.approx(expected)
+    assert float(ntkbench.trace(net(), loader)) == pytest.approx(expected)
 
 
 def test_a_tracker_refuses_a_network_whose_function_has_changed():

@@ -17,7 +17,7 @@ from torch import nn
 
 import ntkbench
 from ntkbench import figures, methods, modules, problems, readme, studies, testing
-from ntkbench.errors import BadInput, OverMemory, Unavailable
+from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined
 from ntkbench.estimators import projections
 from ntkbench.figures import projections as figure
 from ntkbench.methods import count_sketch
@@ -215,6 +215,19 @@ def test_the_error_of_count_sketches_falls_as_published(outputs):
     assert np.polyfit(np.log(sizes), np.log(errors), 1)[0] == pytest.approx(-0.5, abs=0.14)
 
 
+def test_masks_that_miss_the_gradient_do_not_show_that_theta_is_zero():
+    """Two of 4000 parameters have a gradient, and each of 16 masks keeps eight."""
+    x = torch.zeros(2, 4000, dtype=torch.float64)
+    x[0, 7] = x[1, 9] = 1
+    method = methods.get("grass")
+    ready = method.prepare(ntkbench.from_module(nn.Linear(4000, 1, bias=False).double(), x, dtype="float64"), TARGET)
+    for seed in range(10):
+        found = method.estimate(ready, "norm", 16, seed)
+        assert math.isnan(found.standard_error) and "most masks keep no parameter" in found.notes[-1]
+        with pytest.raises(Undefined, match="too few to show that Theta is zero"):
+            method.estimate(ready, "effective_rank", 16, seed)
+
+
 @pytest.mark.parametrize("name", UNBIASED)
 def test_equal_weights_have_alignment_one(name):
     problem = smooth_problem()
@@ -370,6 +383,53 @@ def test_layers_that_are_not_covered_are_refused_by_name():
     assert "one vector of outputs" in refusal("kfac", nn.Linear(3, 2), torch.zeros(2, 4, 3))
 
 
+def test_layers_whose_factors_kfac_does_not_compute_are_refused_by_name():
+    assert refusal("kfac", Tied(), torch.zeros(2, 3)) == (
+        "treats each layer separately, and one.weight is also other.weight"
+    )
+    padded = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), nn.Flatten())
+    assert refusal("kfac", padded, torch.zeros(2, 1, 4, 4)) == (
+        "has a rule for padding with zeros only, and that of 0.weight is circular"
+    )
+    with pytest.warns(FutureWarning):
+        normalised = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 2)))
+    assert "weights and biases only" in refusal("kfac", normalised, torch.zeros(2, 3))
+
+
+class Called(nn.Module):
+    """Two layers, and a function that applies them to sequences."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.layer, self.readout, self.call = nn.Linear(3, 3), nn.Linear(3, 2), call
+
+    def forward(self, x):
+        return self.readout(self.call(self.layer, x))
+
+
+CALLS = {
+    "one call": lambda layer, x: layer(x).tanh().mean(1),
+    "all positions on one axis": lambda layer, x: layer(x.flatten(0, 1)).tanh().unflatten(0, (len(x), -1)).mean(1),
+    "time first": lambda layer, x: layer(x.transpose(0, 1)).tanh().mean(0),
+    "two calls": lambda layer, x: layer(layer(x).tanh()).mean(1),
+    "no call": lambda layer, x: (x @ layer.weight.T + layer.bias).tanh().mean(1),
+    "a call and another use": lambda layer, x: (layer(x) @ layer.weight).tanh().mean(1),
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_kfac_takes_layers_that_are_called_once_on_the_samples(kind):
+    torch.manual_seed(0)
+    module = Called(CALLS[kind])
+    weights = {name: w.detach().numpy() for name, w in module.named_parameters()}
+    problem, method = Problem(kind, module, torch.randn(4, 5, 3).numpy(), weights), methods.get("kfac")
+    if kind == "one call":
+        assert method.estimate(method.prepare(problem, TARGET), "trace").value > 0
+        return
+    with pytest.raises(Unavailable, match=r"used in one call.*; layer is not"):
+        method.prepare(problem, TARGET)
+
+
 def test_too_few_features_are_refused_in_one_line():
     for name in UNBIASED:
         assert refusal(name, nn.Linear(3, 2), torch.zeros(2, 3), 3) is not None
@@ -393,6 +453,22 @@ def test_scales_shifts_tables_and_convolutions_are_projected_unbiased():
     np.testing.assert_allclose(
         projections.gram(method.features(ready, "norm", 5 * 8 * 100**2, 0)[0][0]), J @ J.T, rtol=1e-9
     )
+
+
+@pytest.mark.parametrize("d", [2, 4])
+def test_features_of_grouped_convolutions_are_unbiased_and_as_many_as_those_of_one_group(d):
+    """The first layer has one output and two inputs in each group: neither side is projected."""
+    torch.manual_seed(0)
+    groups = [nn.Conv1d(4, 4, 1, groups=4), nn.Conv1d(4, 6, 2, groups=2), nn.Conv1d(6, 6, 3, groups=6)]
+    module = nn.Sequential(*(each for layer in groups for each in (layer, nn.Tanh())), nn.Flatten(), nn.Linear(6, 2))
+    weights = {key: w.detach().numpy() for key, w in module.named_parameters()}
+    problem = Problem("grouped", module, torch.randn(3, 4, 4).numpy(), weights)
+    J = explicit_jacobian(problem)
+    method = methods.get("kronecker_projection")
+    ready, k = method.prepare(problem, TARGET), 4 * 8 * d**2
+    found = [method.features(ready, "norm", k, seed)[0][0] for seed in range(SEEDS // 2)]
+    assert found[0].shape[0] * found[0].shape[2] <= k
+    assert abs(z_of([projections.gram(each) for each in found], J @ J.T)).max() < 4.5
 
 
 # --- the study and its figure

@@ -185,7 +185,7 @@ def test_goals_of_ratios_name_the_cases_that_reach_and_miss_them(tmp_path):
 
 
 def test_seconds_scaled_up_from_a_share_are_labelled(tmp_path):
-    row = {"problem": "a", "metric": "trace", "subject": "wide_head", "rival": "naive_jacobian", "share": 0.002}
+    row = {"problem": "a", "metric": "trace", "subject": "wide_head", "rival": "naive_jacobian", "share": 262 / 2**17}
     row |= {"seconds": 1.0, "rival_seconds": 100.0, "ratio": 0.01, "memory_ratio": None, "calls": 3}
     lines = block_of(tmp_path, "kernels", readme.HEAD_TO_HEAD["side_by_side"], [row])
     assert "| a backward pass for each output, scaled up from 0.2 % of them |" in lines[2]
@@ -231,22 +231,26 @@ def test_training_of_a_language_model_is_shown_at_its_last_step(tmp_path):
     assert lines[3].startswith("| P P* |") and "`small` after 1500 steps, at a loss of 2.1 nats per token." in lines
 
 
-def test_predicted_costs_are_beside_measured_ones_for_all_rows(tmp_path):
+def test_predicted_costs_are_beside_measured_ones(tmp_path):
+    """Rows whose method ran on all samples are left out, and counted like those that were predicted too slow."""
     rows = [
         {"kind": kind, "predicted_seconds": 0.1 * ratio, "seconds": 0.1, "predicted_bytes": 4e6, "memory_bytes": held}
-        for kind, ratio, held in (
-            ("exact", 1.25, 4e6),
-            ("exact", 0.8, 1e7),
-            ("stochastic", 4.0, None),
+        | {"samples": samples, "N": 64}
+        for kind, ratio, held, samples in (
+            ("exact", 1.25, 4e6, None),
+            ("exact", 0.8, 1e7, 32),
+            ("exact", 1.0, 4e6, 64),
+            ("stochastic", 4.0, None, None),
         )
     ]
-    rows += [{"kind": "exact", "status": "skipped"}]
+    rows += [{"kind": "exact", "status": "skipped", "reason": "is predicted to take 12 s, over 2 times patience_s (5)"}]
     lines = block_of(tmp_path, "predictions", readme.COST_MODEL, rows)
     assert lines[2:5] == [
         "| exact | 2 | 100 % | 25 % | 50 % | 58 % |",
         "| stochastic | 1 | 0 % | 300 % |  |  |",
         "| all | 3 | 67 % | 25 % | 50 % | 58 % |",
     ]
+    assert lines[6] == "Rows left out: 1 predicted by running on all samples, and 1 predicted to take too long."
 
 
 def test_the_time_of_auto_is_beside_that_of_the_fastest_method(tmp_path):

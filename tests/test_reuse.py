@@ -363,6 +363,17 @@ def test_changes_that_the_first_sample_does_not_show_are_found_by_the_certificat
     assert float(norm) == pytest.approx(float(explicit(models[0], x).norm()), rel=1e-10)
 
 
+def test_wide_heads_are_traced_again_where_the_trace_of_another_network_fails():
+    torch.manual_seed(0)
+    x = torch.randn(4, 5).double()
+    x[:, 0] = torch.tensor([-1, 1, -1, 1])
+    method = methods.get("wide_head")
+    for gain in (2.0, 3.0):
+        model = nn.Sequential(Buffered(torch.tensor(gain), gated), nn.Linear(3, 7)).double()
+        found = method.estimate(method.prepare(from_module(model, x), FLOAT64), "norm")
+        assert found.value == pytest.approx(float(explicit(model, x).norm()), rel=1e-10)
+
+
 def test_a_network_that_contradicts_itself_is_reported(traces):
     model = Call(nn.Linear(5, 1), lambda layer, x: layer(x) * (1 + torch.relu(-x[:, 0]).sum())).double()
     x = torch.randn(4, 5).double()

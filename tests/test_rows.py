@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from ntkbench import operators
 from ntkbench.errors import NtkbenchError
 from ntkbench.measure import cells, rows
 from ntkbench.measure.config import Config
@@ -33,6 +34,14 @@ def test_a_row_without_a_measurement_has_no_seeds_and_no_calls():
     row = table(CELLS[:1], Outcome("timeout", "not done")).iloc[0]
     assert (row["status"], row["reason"], row["seeds"], row["calls"]) == ("timeout", "not done", 0, 0)
     assert pd.isna(row["seconds"]) and pd.isna(row["error"])
+
+
+def test_a_cell_whose_backend_lacks_the_device_is_a_row(monkeypatch):
+    """It names the device of the others, so that figures do not take it for another setting."""
+    monkeypatch.setattr(operators, "device_name", lambda target: "cpu" if target.backend == "jax" else "a GPU")
+    config, skipped = CONFIG.model_copy(update={"device": "auto"}), Outcome("skipped", "jax has no GPU here")
+    made = [cells.Cell("digits_conv[N=3]", "hutchpp", backend, "trace", 36) for backend in ("torch", "jax")]
+    assert [rows.row(cell, config, "abc", skipped, SIZES, {})["device"] for cell in made] == ["a GPU"] * 2
 
 
 def test_a_table_is_the_same_after_writing_and_reading(tmp_path):

@@ -60,16 +60,17 @@ def test_a_share_of_the_rows_is_scaled_up_and_has_no_difference(monkeypatch):
     in_turn = timing.in_turn
     monkeypatch.setattr(timing, "in_turn", lambda calls, rounds: seen.append(in_turn(calls, rounds)) or seen[-1])
     monkeypatch.setattr(side_by_side, "_peak_memory", lambda *_: 6)
-    case = {"problem": SMALL, "rivals": ["naive_jacobian"], "metric": "trace", "share": 0.5}
+    case = {"problem": SMALL, "rivals": ["naive_jacobian"], "metric": "trace", "share": 0.3}
     (row,) = run(case).to_dict("records")
-    assert (row["status"], row["share"]) == ("ok", 0.5), row["reason"]
-    _, half = seen[0]
-    assert row["rival_seconds"] == pytest.approx(2 * pd.Series(half).median())
+    assert (row["status"], row["share"]) == ("ok", 2 / 6), row["reason"]
+    _, third = seen[0]
+    assert row["rival_seconds"] == pytest.approx(3 * pd.Series(third).median())
     assert pd.isna(row["difference"]) and pd.isna(row["rival_memory_bytes"]) and row["memory_bytes"] == 6
     settings = studies.settings("side_by_side", {"threads": 1, "device": "cpu"})
     whole = side_by_side._call(settings, "naive_jacobian", SMALL, "trace")()
-    assert side_by_side._some_rows(settings, SMALL, 1.0)() == pytest.approx(whole, rel=1e-6)
-    assert 0 < side_by_side._some_rows(settings, SMALL, 0.5)() < whole
+    (every, all_rows), (some, two_rows) = (side_by_side._some_rows(settings, SMALL, share) for share in (1.0, 0.3))
+    assert (every, some) == (1, 2 / 6)
+    assert all_rows() == pytest.approx(whole, rel=1e-6) and 0 < two_rows() < whole
     with pytest.raises(ValidationError, match="only timed for naive_jacobian"):
         run(case | {"metric": "norm"})
 
@@ -126,6 +127,20 @@ def test_the_process_that_measures_memory_keeps_the_limits(limits, says):
     settings = studies.settings("side_by_side", {"threads": 1, "device": "cpu", "limits": limits})
     with pytest.raises(NtkbenchError, match=f"^memory of structured_derivatives: .*{says}"):
         side_by_side._peak_memory(settings, "structured_derivatives", SMALL, "norm")
+
+
+def test_memory_is_that_of_a_later_call(monkeypatch):
+    """Rivals compile in their first call, and ntkbench before it."""
+    done = []
+    monkeypatch.setattr(side_by_side.watchdog, "end_with_parent", lambda: None)
+    monkeypatch.setattr(timing, "use_threads", lambda threads: None)
+    monkeypatch.setattr(timing, "settle_memory", lambda: done.append("settle"))
+    monkeypatch.setattr(side_by_side, "_call", lambda *_: lambda: done.append("call"))
+    monkeypatch.setattr(side_by_side.operators, "reset_device_memory", lambda target: done.append("reset"))
+    settings = studies.settings("side_by_side", {"threads": 1, "device": "cpu"})
+    here, there = multiprocessing.Pipe(duplex=False)
+    side_by_side._send_peak_memory(there, settings, "structured_derivatives", SMALL, "norm")
+    assert done == ["call", "reset", "settle", "call"] and here.recv() is None
 
 
 def kill_itself(there, *_):

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as extra
 from scipy import stats
 
+from ntkbench.errors import Undefined
+from ntkbench.estimate import Estimate
 from ntkbench.estimators import accumulators, standard_errors
+from ntkbench.metrics import Moments
 from ntkbench.operators import arrays
 
 SAMPLES = extra.arrays(np.float64, st.integers(2, 30), elements=st.floats(-1e3, 1e3))
@@ -44,6 +47,19 @@ def test_jackknife_of_a_square_root_is_the_delta_method_for_many_probes():
     samples = np.random.default_rng(0).uniform(1, 2, 20_000)
     _, error, _ = standard_errors.jackknife(math.sqrt, samples)
     assert error == pytest.approx(standard_errors.mean(samples)[1] / (2 * math.sqrt(samples.mean())), rel=1e-3)
+
+
+def test_a_jackknife_that_is_undefined_without_a_probe_has_an_unknown_error():
+    """Without the one probe with a nonzero image, nothing shows that Theta is not zero."""
+
+    def effective_rank(trace: float, square: float) -> float:
+        return Moments(trace, square).metric("effective_rank")
+
+    traces, squares = np.array([0.0, 4.0, 0.0]), np.array([0.0, 8.0, 0.0])
+    value, error, degrees = standard_errors.jackknife(effective_rank, traces, squares)
+    assert value == pytest.approx((4 / 3) ** 2 / (8 / 3)) and math.isnan(error) and degrees == 0
+    with pytest.raises(Undefined):
+        standard_errors.jackknife(effective_rank, 0 * traces, 0 * squares)
 
 
 def test_one_probe_has_no_standard_error():
@@ -179,6 +195,42 @@ def test_one_stratum_has_one_degree_of_freedom_less_than_pairs(N, K, pairs):
     sums.add(0, 0, y)
     value, error, _ = accumulators.delta_method("alignment", names, sums.moments())
     assert math.isnan(error) == (K == 2) and (value == pytest.approx(1)) == (K == 2)
+
+
+def alignment_of_blocks(blocks: np.ndarray, blocks_f: np.ndarray, K: int, rng: np.random.Generator) -> Estimate:
+    """An alignment from K probes of each sample where Theta is block-diagonal: blocks ``[N, O, O]``."""
+    N, outputs, _ = blocks.shape
+    u = rng.choice([-1.0, 1.0], (N, K, outputs))
+    m, m_f = (np.einsum("bko,bop,blp->bkl", u, each, u) for each in (blocks, blocks_f))
+    sums = standard_errors.PairSums(N, K, 3)
+    for b in range(N):
+        sums.add(b, b, [y[b, None, :, None] for y in (m * m, m_f * m_f, m * m_f)])
+    point = accumulators.delta_method("alignment", ("square", "square_f", "cross"), sums.moments())
+    return Estimate(point.value, point.standard_error, None, "m", metric="alignment", degrees=point.degrees)
+
+
+@pytest.mark.parametrize("N", [2, 4, 8])
+def test_alignments_of_samples_that_share_no_gradients_are_covered_with_two_probes(N):
+    """Only the pairs of probes of one sample count; with infinite degrees of freedom, half of the intervals missed."""
+    rng = np.random.default_rng(N)
+    J = rng.standard_normal((2, N, 3, 4))
+    blocks, blocks_f = J @ J.swapaxes(2, 3)
+    exact = (blocks * blocks_f).sum() / np.sqrt((blocks**2).sum() * (blocks_f**2).sum())
+    found = [alignment_of_blocks(blocks, blocks_f, 2, rng) for _ in range(200)]
+    assert all(each.degrees <= N - 1 for each in found)
+    assert sum(each.covers(exact, "float64") for each in found) >= stats.binom.ppf(1e-3, 200, 0.9)
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_a_single_sample_with_gradients_has_the_degrees_of_its_own_pairs(K):
+    """Two probes of it form one pair, whose alignment is 1 or -1 whatever the kernels are."""
+    rng, blocks = np.random.default_rng(0), np.zeros((2, 4, 3, 3))
+    J = rng.standard_normal((2, 3, 4))
+    blocks[:, 1] = J @ J.swapaxes(1, 2)
+    for _ in range(20):
+        found = alignment_of_blocks(*blocks, K, rng)
+        assert found.degrees <= K * (K - 1) / 2 - 1
+        assert math.isnan(found.standard_error) == (K == 2)
 
 
 @pytest.mark.parametrize(("N", "K", "outputs"), [(3, 6, 2), (6, 5, 10), (12, 3, 4)])

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 import ntkbench
 from ntkbench.errors import BadInput
 from ntkbench.layerwise import contraction, sample_kernels
+from ntkbench.layerwise.certificate import Certificate
 from ntkbench.layerwise.factors import Lookups, Products, Tied
 from ntkbench.layerwise.kernel import LayerwiseKernel, mirror
 from ntkbench.layerwise.tuning import Tuning
@@ -216,6 +217,8 @@ def test_embeddings_have_no_fallbacks(padding):
     model = Call(nn.Embedding(6, 4, padding_idx=padding), lambda e, x: torch.tanh(e(x)).sum(1))
     assert not holds(model, torch.randint(0, 6, (5, 7))).fallbacks()
     assert not holds(model, torch.randint(0, 6, (5, 1))).fallbacks()
+    single = Call(model.layer, lambda e, x: torch.stack([torch.tanh(e(row[0])) for row in x]))  # indices without axes
+    assert not holds(single, torch.randint(0, 6, (5, 1))).fallbacks()
     for positions in (1, 4, 40):
         assert not holds(tied_embedding(), torch.randint(0, 7, (3, positions))).fallbacks()
 
@@ -249,6 +252,27 @@ def test_convolutions_of_all_options(drawn, seed):
     if shape.numel() > 400:
         layer = nn.Sequential(layer, nn.Flatten(), nn.Tanh(), nn.Linear(shape[1:].numel(), 2))
     assert not holds(nn.Sequential(layer, nn.Tanh()), x).fallbacks()
+
+
+FRAMES = {
+    "conv1d": (lambda: nn.Conv1d(2, 3, 2, stride=2), (2, 5)),
+    "conv2d": (lambda: nn.Conv2d(2, 4, 2, padding=1, groups=2), (2, 2, 2)),
+    "transposed conv1d": (lambda: nn.ConvTranspose1d(2, 3, 2, stride=2, output_padding=1), (2, 3)),
+    "transposed conv2d": (lambda: nn.ConvTranspose2d(2, 4, 2, groups=2), (2, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("memory", [2**30, 9000])
+@pytest.mark.parametrize("kind", FRAMES)
+def test_convolutions_of_several_images_of_a_sample(kind, memory):
+    torch.manual_seed(0)
+    make, shape = FRAMES[kind]
+    model = Call(make(), lambda f, x: f(x.flatten(0, 1)).tanh().flatten(1).unflatten(0, (len(x), -1)).mean(1))
+    x = torch.randn(3, 2, *shape)
+    assert not holds(model, x, memory).fallbacks()
+    theta = jacobian(model, x.double()) @ jacobian(model, x.double()).T
+    found = ntkbench.norm(model, x.double(), method="structured_derivatives", memory=memory)
+    assert float(found) == pytest.approx(float(theta.norm()), rel=1e-10)
 
 
 @settings(max_examples=25)
@@ -329,6 +353,21 @@ def test_every_sample_is_certified(memory):
         engine.diagonal(theta, x)
     engine = LayerwiseKernel(model, parameters, x, memory, Tuning(certified=False))
     assert engine.kernel(theta, x).shape == (3, 3) and engine.certificate is None
+
+
+def test_every_layer_is_certified(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    parameters = {key: w.detach() for key, w in model.named_parameters()}
+    engine = LayerwiseKernel(model, parameters, X.double(), 2**30)
+    add = Certificate.add
+
+    def of_one(self, samples, directions, layer, factors):
+        if layer.parameters[0] == "2.weight":
+            add(self, samples, directions, layer, factors)
+
+    monkeypatch.setattr(Certificate, "add", of_one)
+    with pytest.raises(Uncertified, match="some layers were not computed"):
+        engine.kernel(list(parameters.values()), X.double())
 
 
 def factors(N: int, K: int, groups: int, C: int, D: int, S: int) -> Products:
@@ -574,6 +613,31 @@ def test_the_jacobian_is_never_held():
     activations = 9 * 2 * 20 * 64 * 4
     assert peaks[10] <= peaks[1] + activations
     assert peaks[10] < 20 * 5 * 64 * 64 * 4
+
+
+def test_weights_normalised_by_columns_count_the_cotangents_of_their_inputs():
+    """They are inner products of cotangents with directions: D / C times as many as the cotangents."""
+    torch.manual_seed(0)
+    N, D, S = 3, 16, 16
+    layer = parametrizations.weight_norm(nn.Conv1d(4, 1, 4, bias=False), dim=2)
+    model, x = nn.Sequential(layer, nn.Tanh(), nn.Flatten()), torch.randn(N, 4, S + 3)
+    engine = holds(model, x)
+    assert [layer.computed is not None for layer in engine.layers] == [True]
+    values = [w.detach() for w in model.parameters()]
+    program = engine.program(engine.layers, values, x.double(), torch.eye(S).double().expand(N, -1, -1))
+    assert program.peak >= 8 * N * S * D * S
+
+
+def test_a_program_of_shared_directions_does_not_serve_others():
+    """Directions of each sample take more memory."""
+    model, shared = nn.Linear(4, 3).double(), torch.eye(3).double().expand(6, -1, -1)
+    values = [w.detach() for w in model.parameters()]
+
+    def held(*directions: torch.Tensor) -> int:
+        engine = LayerwiseKernel(model, dict(zip(("weight", "bias"), values, strict=True)), X.double(), 2**30)
+        return [engine.program(engine.layers, values, X.double(), each).held for each in directions][-1]
+
+    assert held(shared, shared.contiguous()) == held(shared.contiguous())
 
 
 class Branch(nn.Linear):

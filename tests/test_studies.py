@@ -15,7 +15,7 @@ import torch
 import yaml
 
 import ntkbench
-from ntkbench import figures, methods, paths, problems, studies
+from ntkbench import figures, methods, operators, paths, problems, studies
 from ntkbench.data import images
 from ntkbench.errors import BadInput, Unavailable
 from ntkbench.figures import hazelden_trace as hazelden_trace_figure
@@ -29,9 +29,10 @@ from ntkbench.measure import fingerprints
 from ntkbench.measure.config import Config
 from ntkbench.measure.timing import Timed
 from ntkbench.networks import classifiers, initialisation, residual
+from ntkbench.options import Target
 from ntkbench.problems.base import reference
 from ntkbench.studies import hazelden_trace, mohamadi_cost, mohamadi_quality
-from ntkbench.studies.base import descent, estimates, pntk
+from ntkbench.studies.base import descent, estimates, pntk, programs
 
 BLOCK = {"problems": ["digits_conv[N=4]"], "methods": ["direct"], "metrics": ["trace"]}
 PATCHLESS = {"transformers": [], "mixers": []}
@@ -551,6 +552,16 @@ def test_programs_that_would_take_too_long_are_skipped_with_a_reason(monkeypatch
     assert table.loc[table["status"] == "skipped", "reason"].str.contains("over limits.gigaflop").all()
     assert set(table["network"]) == {"ResNet18", "WideResNet-16-1"}
     assert table.loc[table["O"] == 10, "P"].max() == 11_181_642  # torchvision's resnet18 with ten classes
+
+
+def test_memory_of_our_kernel_on_a_gpu_is_that_of_the_gpu(monkeypatch):
+    """As for the programs that it is compared with."""
+    network, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()), np.ones((2, 3), np.float32)
+    target, reset = Target(device="cpu"), []
+    assert programs.timed_engine(network, x, target, 1)["memory_bytes"] >= 4 * (16 + 6)
+    monkeypatch.setattr(operators, "reset_device_memory", reset.append)
+    monkeypatch.setattr(operators, "device_memory", lambda target: 7 if reset else None)
+    assert programs.timed_engine(network, x, target, 1)["memory_bytes"] == 7 and reset == [target]
 
 
 @pytest.mark.slow

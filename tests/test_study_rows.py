@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 
 import numpy as np
 import pandas as pd
@@ -12,6 +14,7 @@ import pytest
 
 from ntkbench.errors import Unavailable
 from ntkbench.measure import journal as journals
+from ntkbench.measure.config import Config
 from ntkbench.measure.journal import Journal, Rows
 from ntkbench.measure.limits import Limits
 from ntkbench.studies import base
@@ -162,3 +165,22 @@ def test_rows_have_their_time_limit_and_the_time_between_rows_that_of_a_problem(
             (now,) = clock()
             assert now.seconds == seconds and now.since > before.since and clock() == [now]
             before = now
+
+
+def test_an_unfinished_row_of_an_earlier_run_is_not_blamed_for_a_process_that_dies(tmp_path, monkeypatch):
+    output, start = tmp_path / "studies" / "training.csv", psutil.Popen
+    with Journal(output.with_suffix(".journal")) as journal:
+        journal.begin(json.dumps({"gain": 1.0}), "of other settings")
+    monkeypatch.setattr(psutil, "Popen", lambda command: start([sys.executable, "-c", "raise SystemExit(3)"]))
+    monkeypatch.setattr(runner.watchdog, "step", lambda: contextlib.nullcontext("no mark"))
+    given = {"profile": "test", "threads": 1, "device": "cpu", "grid": [], "studies": {"training": {}}}
+    runner.measure(Config.check(given, "test.yaml"), tmp_path / "test.yaml", "training", output)
+    (row,) = pd.read_csv(output).to_dict("records")
+    assert (row["status"], row["reason"]) == ("failed", "the process ended with exit status 3 and without a result")
+    assert "gain" not in row
+
+
+def test_rows_of_a_study_with_seconds_are_of_one_machine_and_device():
+    whence = {"machine": "a laptop", "device": "cpu", "python": "3.13"}
+    assert runner._place("novak_time", whence) == {"machine": "a laptop", "device": "cpu"}
+    assert runner._place("training", whence) == {}

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from ntkbench import methods, problems, studies
+from ntkbench import methods, operators, problems, studies
 from ntkbench.errors import DidNotTrain, Unavailable
 from ntkbench.estimate import Estimate
 from ntkbench.figures import time_to_error as figure
@@ -237,6 +237,13 @@ def test_a_budget_that_another_backend_found_is_only_confirmed_if_it_is_enough(m
 def test_a_search_that_begins_with_too_large_a_budget_goes_down(monkeypatch):
     found = Fake(monkeypatch).entrant(0.5, known=time_to_error.Known(3000, {})).search()
     assert found["passes"] in (200, 201)
+
+
+def test_a_backend_that_lacks_the_device_gives_a_reason(monkeypatch):
+    monkeypatch.setattr(operators, "device_name", lambda target: "cpu" if target.backend == "jax" else "a GPU")
+    settings, goal = time_to_error.Settings(threads=1), Goal(problem=LABEL, metric="trace", error=0.5)
+    row = base.row({}, Entrant(settings, goal, Truth(settings, goal), "hutchinson", "jax").search)
+    assert row["status"] == "skipped" and row["reason"].startswith("jax has no GPU here, and PyTorch has one")
 
 
 def test_a_budget_that_is_never_enough_says_what_was_tried(monkeypatch):

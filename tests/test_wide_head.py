@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import fnmatch
 import functools
+import math
 import statistics
 
 import pytest
@@ -694,6 +695,20 @@ def test_estimates_are_unbiased_with_calibrated_errors(kind):
         if metric in ("trace", "norm"):
             others = [whole.estimate(all_outputs, metric, passes, seed).value for seed in range(60)]
             assert spread < 1.2 * statistics.stdev(others), metric
+
+
+@pytest.mark.parametrize("names", [("trace",), ("trace", "norm")])
+def test_few_probes_of_few_hidden_units_that_agree_have_an_unknown_error(names):
+    """Two probes of two hidden units agree in half of the cases for each of two samples."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 8)).double())
+    x = seeded(lambda: torch.randn(2, 3, dtype=torch.float64))
+    right, method = float(explicit(model, x).trace()), methods.get("wide_head_u_statistics")
+    prepared = method.prepare(from_module(model, x, dtype="float64"), Target("torch", "float64", "cpu"))
+    found = [method.estimates(prepared, names, 2, seed)["trace"] for seed in range(24)]
+    for each in found:
+        assert not each.standard_error <= 1e-12 * right or each.value == pytest.approx(right, rel=1e-9)
+    assert any(math.isnan(each.standard_error) for each in found)
+    assert 0 < method.estimates(prepared, names, 40)["trace"].standard_error < right
 
 
 @pytest.mark.parametrize("kind", ["with a bias", "tied"])

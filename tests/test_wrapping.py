@@ -19,6 +19,7 @@ import ntkbench
 from ntkbench import modules
 from ntkbench.ambient import own_settings
 from ntkbench.operators.recurrent.cells import Recurrence
+from ntkbench.problems.base.module import last_layer
 
 
 def seeded(make, seed: int = 0):
@@ -168,6 +169,49 @@ def test_a_network_that_seeds_its_own_draws_is_accepted():
         check(seeded(lambda forward=forward: Lambda(forward)), X)
 
 
+GENERATOR = np.random.default_rng(0)
+
+
+def closed():
+    generator = np.random.default_rng(0)
+    return lambda *_: generator.random()
+
+
+def with_hook() -> nn.Module:
+    model, draw = Lambda(lambda self, x: self.layer(x)), closed()
+    model.layer.register_forward_hook(lambda layer, inputs, outputs: outputs * (0.5 if draw() < 0.1 else 1))
+    return model
+
+
+PLACES = {
+    "a global variable": lambda: Lambda(dropping(lambda self: GENERATOR.random())),
+    "a closure": lambda: Lambda(dropping(closed())),
+    "a list": lambda: Lambda(dropping(lambda self: self.own[0].random()), own=[np.random.default_rng(0)]),
+    "an object": lambda: Lambda(
+        dropping(lambda self: self.own.draws.random()), own=SimpleNamespace(draws=np.random.default_rng(0))
+    ),
+    "a hook": with_hook,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_draws_from_a_generator_are_seen_wherever_it_is(place):
+    model = seeded(PLACES[place])
+    for _ in range(4):
+        with pytest.raises(ntkbench.BadInput, match=r"is random.*model.eval\(\)"):
+            ntkbench.trace(model, X)
+
+
+@pytest.mark.parametrize("argument", ["call", "output"])
+def test_draws_of_functions_that_are_given_are_seen(argument):
+    draw, model = closed(), seeded(lambda: nn.Linear(4, 3))
+    scale = lambda y: y * (0.5 if draw() < 0.1 else 1)  # noqa: E731
+    given = {"call": lambda model, x: scale(model(x)), "output": scale}
+    for _ in range(4):
+        with pytest.raises(ntkbench.BadInput, match=r"is random.*model.eval\(\)"):
+            ntkbench.trace(model, X, **{argument: given[argument]})
+
+
 # Interaction
 
 
@@ -231,7 +275,7 @@ def test_checks_take_few_samples_at_a_time():
     kernel = ntkbench.Kernel(model, torch.randn(1000, 4))
     assert max(size for size, _ in calls) <= 64
     assert sum(size for size, graph in calls if not graph) == 1000
-    assert sum(size for size, graph in calls if graph) <= 5 * 64 + 16
+    assert sum(size for size, graph in calls if graph) <= 6 * 64 + 16
     assert kernel.problem.n == 3000
     calls.clear()
     kernel.at(model)
@@ -334,6 +378,78 @@ NETWORKS = {
 def test_networks_of_all_kinds_are_supported(kind):
     model = seeded(NETWORKS[kind])
     check(model, X)
+
+
+class Centred(nn.Module):
+    """Subtracts the mean of the inputs of its first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("fitted", torch.tensor(False))
+
+    def forward(self, x):
+        if not self.fitted:
+            self.mean.copy_(x.mean(0))
+            self.fitted.fill_(True)
+        return self.layer(x - self.mean).tanh()
+
+
+def test_a_state_that_the_first_call_fits_is_refused_until_it_is_fitted():
+    """Otherwise some products would fit it to one sample."""
+    model = seeded(Centred)
+    with pytest.raises(ntkbench.BadInput, match="a state that its first call fits to the inputs: call it once"):
+        ntkbench.trace(model, X)
+    assert not model.fitted
+    model(X)
+    check(model, X)
+
+
+class Shown(nn.Module):
+    """Its head reads what a hook of its body wrote."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def show(self, layer, inputs, outputs):
+        self.shown = outputs
+
+    def forward(self, x):
+        self.body(x)
+        return self.head(self.shown.tanh())
+
+
+SHOWN = seeded(Shown)
+HOOKS = {
+    "a closure": lambda model: lambda layer, inputs, outputs: setattr(model, "shown", outputs),
+    "a default": lambda model: lambda layer, inputs, outputs, own=model: setattr(own, "shown", outputs),
+    "a function in a closure": lambda model: (lambda show: lambda *given: show(*given))(model.show),
+    "a global variable": lambda model: lambda layer, inputs, outputs: setattr(SHOWN, "shown", outputs),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_hook_that_uses_the_model_itself_is_refused_and_not_called(kind):
+    model = SHOWN if "global" in kind else seeded(Shown)
+    model.body.register_forward_hook(HOOKS[kind](model))
+    with torch.no_grad():
+        model(X)
+    shown = model.shown
+    with pytest.raises(ntkbench.BadInput, match=r"a function that uses model itself \(a hook of 'body'\)"):
+        ntkbench.trace(model, X)
+    assert model.shown is shown
+
+
+def test_a_hook_that_is_a_method_uses_the_copy():
+    model = seeded(Shown)
+    model.body.register_forward_hook(model.show)
+    with torch.no_grad():
+        model(X)
+    shown = model.shown
+    check(model, X)
+    assert model.shown is shown
 
 
 @pytest.mark.parametrize(
@@ -439,6 +555,30 @@ def test_the_last_layer_has_all_parameters_of_its_weight(kind, branching):
     theta = explicit(model, X).reshape(6, 2, 6, 2).diagonal(dim1=1, dim2=3).mean(-1)
     model.requires_grad_(True)
     assert torch.allclose(ntkbench.ntk(model, X, kernel="last_layer", dtype="float64"), theta, rtol=1e-9, atol=1e-9)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.policy, self.value = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 1)
+
+    def forward(self, x):
+        features = self.body(x).tanh()
+        return self.policy(features), self.value(features)
+
+
+def test_the_last_layer_is_one_that_the_outputs_depend_on():
+    model = seeded(TwoHeads)
+    with torch.no_grad():
+        features = torch.tanh(X.double() @ model.body.weight.double().T + model.body.bias.double())
+    kernel = ntkbench.Kernel(model, X, output=lambda outputs: outputs[0], dtype="float64")
+    for _ in range(2):  # from an explicit J, then layer by layer
+        torch.testing.assert_close(kernel.ntk(kernel="last_layer"), features @ features.T + 1)
+
+
+def test_the_last_layer_may_be_hidden_from_the_graph():
+    """As by reentrant checkpointing."""
+    assert list(last_layer(ntkbench.from_module(Asking(), X)).theta_0) == ["layer.weight", "layer.bias"]
 
 
 # Ambient settings
@@ -629,7 +769,7 @@ WRAP = "wrap the model in a module that takes one tensor and returns one tensor"
             X,
             "sets its parameter 'layer.weight' when it is called: call it once first",
         ),
-        (closing_over_itself(), X, "a function in the model uses the model itself"),
+        (closing_over_itself(), X, r"a function that uses model itself \(the attribute 'forward'\)"),
         (with_nan(), X, "has nan or infinite weights: 'weight'"),
         (locked(), X, "cannot be copied because of its attribute '0.lock': TypeError"),
         (generating(), X, "cannot be copied because of its attribute 'steps'"),

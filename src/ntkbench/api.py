@@ -451,13 +451,13 @@ def recommend(
     Seconds are those of an estimate after the network has been checked, traced and certified. They are the sum of the
     products with the Jacobian of this network, timed in a few sizes on this machine, and the method's other work, timed
     on a random Jacobian of the same sizes, or of smaller ones and extrapolated. Methods that trace or compile the
-    network are timed on some of the samples. Bytes are those of the largest block of products, or those that the method
-    declares.
+    network are timed on up to 128 samples, which may be all of them. Bytes are those of the largest block of products,
+    or those that the method declares.
 
     Errors of estimators are those on that random Jacobian. Its effective rank, that of a sample's own block, and the
     alignment are estimated by a pilot of 8 probes; its spectrum is a power law. Errors, and the passes for a tolerance,
     are therefore rough. If a spectrum has a cliff, methods that deflate it need fewer passes than predicted. Errors of
-    approximate methods are their biases on some of the samples.
+    approximate methods are their biases on up to 128 samples.
 
     Cost: a few seconds for small networks; the time of some dozens of passes and of a trace for large ones.
 
@@ -582,6 +582,6 @@ def _use(
         return stream.trace(model, inputs, kept, groups, asked)
     setup.pop("parameters", None)
     if isinstance(parameters, Mapping):
-        groups = Kernel(model, inputs, **setup).groups(parameters)
+        groups = Kernel(model, inputs, parameters="*", **setup).groups(parameters)
         return {name: use(kernel, chosen) for name, kernel in groups.items()}
     return use(Kernel(model, inputs, parameters=parameters, **setup), chosen)

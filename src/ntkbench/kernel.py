@@ -103,14 +103,16 @@ class Kernel:
         model: an ``nn.Module``, or a JAX function ``f(params, x)`` with ``params``. It returns ``[N, ...outputs]``;
             everything after the first axis counts as the O outputs of a sample.
         inputs: N samples: a tensor ``[N, ...]``, any pytree of tensors with a common first axis, or a ``DataLoader``,
-            whose batches are joined on the host; one that shuffles is read in the order of its dataset.
+            whose batches are joined on the host; one that shuffles is read in the order of its dataset, unless its
+            class has an ``__iter__`` of its own.
         call: ``call(model, inputs)`` returns the outputs; by default ``model(inputs)``, ``model(*inputs)`` for a tuple
             or list, ``model(**inputs)`` for a mapping. Functions given here and as ``output`` are not copied: what they
             use besides their arguments must not change.
         output: which outputs count: an index into the axes after the first (``3`` for the class f[:, 3], ``-1`` for
             the last step f[:, -1], a tuple for several axes, a list for several classes), or a function of the outputs.
         parameters: which parameters count: names or patterns such as ``"layers.*.weight"``.
-        params: the parameters of a JAX function, any pytree of arrays.
+        params: the parameters of a JAX function, any pytree of arrays. For the variables of a Flax module with other
+            collections than ``params``, ``parameters`` must say which count, as in ``parameters="params"``.
         dtype: ``"float32"`` or ``"float64"``; that of the parameters if not given.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``; that of the parameters if not given.
         memory: bytes that everything except a result may use; by default 1 GiB, or half of the free memory on a GPU.
@@ -141,7 +143,7 @@ class Kernel:
             memory = options.positive("memory", memory, " of bytes")
         name = None if dtype is None else str(dtype).removeprefix("torch.")
         with ambient.own_settings():
-            self._source = source(model, inputs, call, output, params, name)
+            self._source = source(model, inputs, call, output, params, name, selected=parameters is not None)
             target, self._index = self._source.target(device)
             memory = memory or operators.working_memory(target)
             self._target = replace(target, tf32=tf32, memory=memory, program_memory=memory)
@@ -183,15 +185,16 @@ class Kernel:
                 outputs, ``[N, O]`` or ``[n]``, for the kernel y y^T, or a matrix ``[n, n]``, or ``[N, N]`` for
                 A ⊗ I_O. ``parameters`` selects from the other network as well. For y the method must give the
                 norm of Theta itself. A matrix uses all of Theta, block by block, and takes no method, passes or rtol.
+                If the parameters of a JAX function are one array, an array of its shape is parameters.
             keywords: see :class:`ntkbench.options.Options`.
 
         Raises:
-            BadInput: there are no such weights, or the two kernels are not of the same outputs; or a target may be
-                either y or a matrix, as N = O; or as for :func:`ntkbench.trace`.
+            BadInput: there are no such weights, or the two kernels are not of the same outputs; or an array may be
+                either y or a matrix, as N = O, or a target or parameters; or as for :func:`ntkbench.trace`.
         """
         asked = options.asked(keywords)
         ladder.check(("alignment",), asked)
-        if _is_array(other):
+        if self._is_target(other):
             return self._alignment_with(self._checked_target(other, asked), asked)["alignment"]
         return self._beside(other)._estimates(("alignment",), asked)["alignment"]
 
@@ -205,7 +208,7 @@ class Kernel:
         if other is None:
             return self._estimates(own, asked)
         ladder.check(metrics.METRICS, asked)
-        if _is_array(other):
+        if self._is_target(other):
             return self._alignment_with(self._checked_target(other, asked), asked, own)
         return self._beside(other)._estimates(metrics.METRICS, asked)
 
@@ -309,7 +312,7 @@ class Kernel:
         if (other is None) == (metric == "alignment"):
             said = "needs a second network: give other" if other is None else "is of one network: omit other"
             raise BadInput(f"the {metric} {said}")
-        if _is_array(other):
+        if self._is_target(other):
             raise BadInput("this alignment is between two networks, got a target array")
 
     def ntk(self, inputs: Any = None, *, kernel: str = "full", seed: int = 0, file: File | None = None) -> Any:
@@ -641,8 +644,8 @@ class Kernel:
                 name, such as a ``state_dict`` (a pytree, for a JAX function). Those that are not given stay the same.
 
         Raises:
-            BadInput: there are no such parameters, they have other shapes, or with the same values the network computes
-                something else.
+            BadInput: there are no such parameters, they have other shapes, others are trainable, or with the same
+                values the network computes something else.
         """
         with self._settings():
             return self._derived(self._source.at(self.problem, weights))
@@ -722,6 +725,23 @@ class Kernel:
         if isinstance(found := self._prepared[key], BadInput):
             raise found.with_traceback(None)
         return found
+
+    def _is_target(self, other: Any) -> bool:
+        """Whether an object is an array that is the target of an alignment, and not a network's parameters.
+
+        Raises:
+            BadInput: it may be either.
+        """
+        if not _is_array(other) or not self._source.takes_array(shape := tuple(other.shape)):
+            return _is_array(other)
+        p = self.problem
+        targets = dict.fromkeys([*self._shapes_of_outputs(), (p.n, p.n), (p.N, p.N)])
+        if shape in targets:
+            raise BadInput(
+                f"an array of shape {shape} may be the function's parameters or a target: give parameters as "
+                f"Kernel(...).at(params), or a target as {_one_of([each for each in targets if each != shape])}"
+            )
+        return False
 
     def _checked_target(self, given: Any, asked: Options) -> np.ndarray:
         """The target of an alignment: an array like the outputs, ``[n]`` and of length 1, or a matrix of any scale.

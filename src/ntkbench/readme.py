@@ -263,7 +263,7 @@ def _ratio_of(row: pd.Series, goal: Goal) -> str:
 def _timed_share(row: pd.Series) -> str:
     """A note on a rival whose seconds are scaled up from a share of its passes."""
     share = row.get("share", 1.0)
-    return f", scaled up from {100 * share:g} % of them" if share < 1 else ""
+    return f", scaled up from {100 * share:.3g} % of them" if share < 1 else ""
 
 
 def certificates(tables: Tables) -> str:
@@ -455,12 +455,12 @@ def _against(row: pd.Series) -> str:
 
 
 def predictions(tables: Tables) -> str:
-    """Predicted over measured seconds and memory of all rows of ``cost_model``, by the kind of the method.
+    """Predicted over measured seconds and memory of the rows of ``cost_model``, by the kind of the method.
 
     The figure computes the same numbers.
     """
     table = tables.read(COST_MODEL)
-    points = predicted.ratios(table)
+    points, (in_full, slow) = predicted.ratios(table), predicted.left_out(table)
     rows = [
         [
             kind,
@@ -477,7 +477,8 @@ def predictions(tables: Tables) -> str:
     ]
     near = f"within a factor of {predicted.FACTOR:g}"
     columns = ["kind", "rows", f"seconds: {near}", "median error", f"memory: {near}", "median error"]
-    return _markdown(columns, rows) + _provenance(table)
+    said = f"\n\nRows left out: {in_full} predicted by running on all samples, and {slow} predicted to take too long."
+    return _markdown(columns, rows) + said + _provenance(table)
 
 
 def real_size(tables: Tables) -> str:

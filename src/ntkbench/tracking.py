@@ -41,7 +41,7 @@ class Tracker:
     [0, 10, 20]
 
     Cost of each measured step: that of the metrics (see :func:`ntkbench.metrics_of`) and of the alignment, each within
-    ``passes`` if given, three forward passes for checks, and one plain backward pass for the certificate.
+    ``passes`` if given, four forward passes for checks, and one plain backward pass for the certificate.
 
     Args:
         model: the network that is trained; it is never changed.
@@ -86,8 +86,9 @@ class Tracker:
         ladder.check(self._names, asked)
         self._kernel = Kernel(model, inputs, **{key: value for key, value in keywords.items() if key in SETUP})  # type: ignore[arg-type]
         self._model = unwrapped(model)
-        self._modes = {name: layer.training for name, layer in self._model.named_modules()}
-        self._trainable = {name: w.requires_grad for name, w in self._model.named_parameters()}
+        network = self._network()
+        self._modes = {name: layer.training for name, layer in network.named_modules()}
+        self._trainable = {name: w.requires_grad for name, w in network.named_parameters()}
         self._first: Kernel | None = None
         self._last: int | None = None
         self.history: list[tuple[int, dict[str, Estimate]]] = []
@@ -118,9 +119,14 @@ class Tracker:
             self._log(step, found)
         return found
 
+    def _network(self) -> nn.Module:
+        """The network as it is called, which includes modules that were given as ``call`` or ``output``."""
+        found: nn.Module = self._kernel._source.alike(self._model)
+        return found
+
     def _present(self) -> nn.Module:
         """A copy of the network, in its original mode and with its original set of trainable parameters."""
-        model = copied(self._model)
+        model = copied(self._network())
         for name, layer in model.named_modules():
             layer.training = self._modes.get(name, layer.training)
         for name, w in model.named_parameters():

@@ -27,6 +27,8 @@ class Cost:
         operations: those of the passes and of products of gradients and kernels, counted from shapes; a multiplication
             with its addition counts as two. ``None`` if the cost is not a number of passes.
         reason: why it does not apply; empty if it does.
+        samples: the largest number of samples of the network on which the method ran for the prediction; if these are
+            all samples, ``seconds`` are measured, and at most scaled to the budget. ``None`` if it ran on a stand-in.
     """
 
     method: str
@@ -40,6 +42,7 @@ class Cost:
     accepts_rtol: bool = False
     operations: float | None = None
     reason: str = ""
+    samples: int | None = None
 
 
 HEADER = ("method", "kind", "passes", "operations", "seconds", "memory", "error", "")

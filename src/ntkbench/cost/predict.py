@@ -59,13 +59,14 @@ def predict(
 ) -> Costs:
     """Predicted cost of each method for a tolerance.
 
-    Seconds are those of one estimate after the first one, which also checks, traces and certifies the network. Errors
-    of stochastic methods are those on a random J with the effective ranks of the network, and with the spectrum of a
-    power law; those of approximate methods are their biases on a few samples. Errors are therefore rough, as are the
-    budgets that follow from them.
+    Seconds are those of one estimate after the first one, which also checks, traces and certifies the network. A method
+    that traces the network runs on up to 128 samples; if these are all of them, its seconds are measured, and at most
+    scaled to the budget. Errors of stochastic methods are those on a random J with the effective ranks of the network,
+    and with the spectrum of a power law; those of approximate methods are their biases on these samples. Errors are
+    therefore rough, as are the budgets that follow from them.
 
     Cost: some products of each kind, :data:`ntkbench.cost.pilot.PROBES` passes of a pilot, and for each method that
-    traces the network some estimates on a few samples. A few seconds for small networks; the time of some dozens of
+    traces the network some estimates on these samples. A few seconds for small networks; the time of some dozens of
     passes for large ones.
 
     Args:
@@ -238,7 +239,8 @@ class _Work:
             of_samples = found.estimate.passes or 0.0
             fixed, budget = of_samples < LESS * budget, math.ceil(more * budget)
             passes = of_samples if fixed else self._spent(method, budget)
-        return self._found(method, passes, more * found.seconds, found.bytes, relative, width, budget)
+        made = self._found(method, passes, more * found.seconds, found.bytes, relative, width, budget)
+        return replace(made, samples=found.samples)
 
     def _found(
         self,

@@ -45,6 +45,13 @@ class Accumulator(ABC):
         """Whether a few strata have most of the estimated quantity, and none of them is treated exactly."""
         return False
 
+    def pairs(self, probes: int) -> float:
+        """Effective number of pairs of independent parts of the probes so far, of which there are ``probes``.
+
+        See :data:`ntkbench.estimators.standard_errors.ALIKE`.
+        """
+        return probes - 1
+
     @abstractmethod
     def extend(self, probes: int) -> None:
         """Draw this number of further probes."""
@@ -96,20 +103,56 @@ class ProbeMeans(Accumulator):
 class StratifiedTrace(Accumulator):
     """The trace from probes that estimate the trace of each sample's own block of Theta separately.
 
+    If few samples have most of the trace, :data:`FEWER` degrees of freedom count. A few probes of these samples may
+    agree by chance. The other samples then do not show the error, so it is unknown.
+
     Args:
         draw: draws a number of probes and returns their estimates, ``[k, N]``.
         blocks: splits a number of probes into sizes of blocks that fit in memory.
+        of: name of the trace in notes.
     """
 
-    def __init__(self, draw: Callable[[int], Array], blocks: Callable[[int], Sequence[int]]) -> None:
-        self._draw, self._blocks = draw, blocks
+    def __init__(
+        self, draw: Callable[[int], Array], blocks: Callable[[int], Sequence[int]], of: str = "the trace"
+    ) -> None:
+        self._draw, self._blocks, self._of = draw, blocks, of
         self._drawn: list[Array] = []
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return strata.Choice(uneven=self.uneven, of=self._of).notes("sample")
+
+    @property
+    def uneven(self) -> bool:
+        if not self._drawn:
+            return False
+        table = arrays.gather(self._drawn)
+        value, error, _ = standard_errors.stratified_mean(table)
+        return strata.are_uneven(table.sum(0)) and not standard_errors.is_rounding(error, value, self._epsilon)
+
+    def pairs(self, probes: int) -> float:
+        table = arrays.gather(self._drawn)
+        traces = table.sum(0)
+        # If all are zero, one of the samples may have all of the trace, and the probes may have missed it.
+        return (len(table) - 1) * (strata.effective_number(traces) if traces.any() else 1.0)
 
     def extend(self, probes: int) -> None:
         self._drawn += map(self._draw, self._blocks(probes))
 
     def estimate(self, metric: str) -> PointEstimate:
-        return standard_errors.stratified_mean(arrays.gather(self._drawn))
+        table = arrays.gather(self._drawn)
+        found = standard_errors.stratified_mean(table)
+        if not self.uneven:
+            return found
+        found = found._replace(degrees=FEWER * found.degrees)
+        heavy = table[:, table.sum(0) > standard_errors.HEAVY * table.sum()]
+        own, pairs = standard_errors.stratified_mean(heavy), (len(table) - 1) * heavy.shape[1]
+        alike = heavy.size and math.isnan(standard_errors.unless_alike(own, pairs, self._epsilon).standard_error)
+        return found._replace(standard_error=math.nan) if alike else found
+
+    @property
+    def _epsilon(self) -> float:
+        return arrays.epsilon(self._drawn[0])
 
 
 Vectors = Callable[[Array, slice], Sequence[Array]]
@@ -441,6 +484,9 @@ class UStatistics(Accumulator):
             part = [w[None, start : start + size] for w in self._beside]
             total += np.array([table.sum((0, 1, 3)) for table in self._tables(part, vectors)])
         return total
+
+    def pairs(self, probes: int) -> float:
+        return self.moments().pairs
 
     def estimate(self, metric: str) -> PointEstimate:
         single = self._jacobians[0].n == self._strata

@@ -6,6 +6,7 @@ float64, so that all backends share the same small linear algebra.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -99,10 +100,50 @@ def add(known: float, residual: PointEstimate) -> PointEstimate:
     return residual._replace(value=known + residual.value)
 
 
+def _none() -> int:
+    return 0
+
+
+def with_residual(
+    known: float, residual: PointEstimate, probes: int, left: int, epsilon: float, spare: Callable[[], int] = _none
+) -> PointEstimate:
+    """The sum of a known number and the mean over random signs outside a sketch.
+
+    In a few dimensions, a few random signs often agree by chance, on zero as well. The error is then unknown. Columns
+    of the sketch that add nothing to it show, like probes that are zero, that nothing is left. A sum of zero is left to
+    the caller.
+
+    Args:
+        known: the number.
+        residual: the mean.
+        probes: number of random sign vectors.
+        left: number of dimensions outside the sketch; see :func:`left_outside`.
+        epsilon: machine epsilon of products.
+        spare: counts the columns of the sketch beyond its rank.
+    """
+    found = add(known, residual)
+    if left == 0 or found.value == 0:
+        return found
+    zero = standard_errors.is_rounding(abs(residual.value), found.value, epsilon)
+    return standard_errors.unless_alike(found, probes + spare() if zero else probes - 1, epsilon)
+
+
+def spare_columns(sketched: Array, q: Array) -> int:
+    """Number of sketched vectors ``[k, n]`` beyond their rank, with their basis ``q``."""
+    values = np.linalg.svd(gram(sketched, q), compute_uv=False).tolist()
+    return sum(standard_errors.is_rounding(value, values[0], arrays.epsilon(sketched)) for value in values)
+
+
+def left_outside(columns: int, dim: int) -> int:
+    """Dimensions outside a sketch; 0 for probes of a single sign, on which squares do not depend."""
+    return dim - columns if dim > 1 else 0
+
+
 def hutchpp(product: LinearMap, columns: int, residual: int, n: int, rng: Rng) -> PointEstimate:
     """Trace of a square matrix by Hutch++ with random signs: ``2 * columns + residual`` products.
 
-    The standard error is that of the residual's mean: given the sketch, the estimate is unbiased.
+    The standard error is that of the residual's mean: given the sketch, the estimate is unbiased. See
+    :func:`with_residual`.
 
     Args:
         product: product with the matrix.
@@ -111,10 +152,13 @@ def hutchpp(product: LinearMap, columns: int, residual: int, n: int, rng: Rng) -
         n: size of the matrix.
         rng: generator of both.
     """
-    q = orthonormal(product(rng.sign(columns, n)))
+    sketched = product(rng.sign(columns, n))
+    q = orthonormal(sketched)
     inside = float((q * product(q)).sum())
     g = project_out(rng.sign(residual, n), q)
-    return add(inside, mean(arrays.gather([(g * product(g)).sum(1)]), n))
+    outside = mean(arrays.gather([(g * product(g)).sum(1)]), n)
+    spare = functools.partial(spare_columns, sketched, q)
+    return with_residual(inside, outside, residual, left_outside(len(q), n), arrays.epsilon(g), spare)
 
 
 def random_subspace(j: JacobianOperator, product: LinearMap, probes: int, dim: int, rng: Rng) -> PointEstimate:
@@ -134,7 +178,8 @@ def random_subspace(j: JacobianOperator, product: LinearMap, probes: int, dim: i
         return PointEstimate(inside, 0.0)
     sizes = j.blocks(probes - columns)
     outside = ((product(project_out(rng.sign(size, dim), q)) ** 2).sum(1) for size in sizes)
-    return add(inside, mean(arrays.gather(outside), dim))
+    residual = mean(arrays.gather(outside), dim)
+    return with_residual(inside, residual, probes - columns, left_outside(columns, dim), j.epsilon)
 
 
 def from_separate_traces(

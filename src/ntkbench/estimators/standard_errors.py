@@ -10,6 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ntkbench.errors import Undefined
+from ntkbench.estimators import strata
+
 
 class PointEstimate(NamedTuple):
     """An estimate of a number.
@@ -23,6 +26,41 @@ class PointEstimate(NamedTuple):
     value: float
     standard_error: float
     degrees: float = math.inf
+
+
+ALIKE = 12
+"""Smallest number of pairs of probes, or of independent parts of probes, whose agreement is not a coincidence.
+
+With two signs, a square takes only two values, so K probes agree with probability 2^(1 - K). A standard error that is
+rounding counts as unknown if fewer pairs agree.
+"""
+EQUAL = 100
+"""Relative difference, in machine epsilons, up to which numbers count as equal."""
+SINGLE = float(np.finfo(np.float32).eps)
+
+
+def is_rounding(difference: float, value: float, epsilon: float) -> bool:
+    """Whether a difference of numbers is rounding, at most :data:`EQUAL` machine epsilons of their value.
+
+    Args:
+        difference: the difference, or a standard error; ``nan`` is not rounding.
+        value: the value.
+        epsilon: machine epsilon of products. TF32 counts as float32, as most errors are below 100 of its own.
+    """
+    return difference <= EQUAL * min(epsilon, SINGLE) * abs(value)
+
+
+def unless_alike(point: PointEstimate, pairs: float, epsilon: float) -> PointEstimate:
+    """The estimate, with an unknown error if this is rounding and may be due to chance.
+
+    Args:
+        point: the estimate.
+        pairs: number of pairs that agree; see :data:`ALIKE`.
+        epsilon: machine epsilon of products.
+    """
+    if pairs >= ALIKE or not is_rounding(point.standard_error, point.value, epsilon):
+        return point
+    return PointEstimate(point.value, math.nan, min(point.degrees, pairs))
 
 
 def mean(values: np.ndarray) -> PointEstimate:
@@ -74,17 +112,26 @@ def satterthwaite(variances: ArrayLike, degrees: ArrayLike) -> float:
 
 
 def jackknife(statistic: Callable[..., float], *columns: np.ndarray) -> PointEstimate:
-    """A smooth function of means over k probes, with its jackknife standard error, ``nan`` for k = 1.
+    """A smooth function of means over k probes, with its jackknife standard error.
+
+    The error is ``nan`` for k = 1, and if the function is undefined without one of the probes.
 
     Args:
         statistic: takes one mean per column.
         columns: one value per probe, ``[k]`` each.
+
+    Raises:
+        Undefined: the function is undefined for the means over all probes.
     """
     value = float(statistic(*(c.mean() for c in columns)))
     k = len(columns[0])
     if k < 2:
         return PointEstimate(value, math.nan, 0)
-    left_out = np.array([statistic(*row) for row in zip(*((c.sum() - c) / (k - 1) for c in columns), strict=True)])
+    means = zip(*((c.sum() - c) / (k - 1) for c in columns), strict=True)
+    try:
+        left_out = np.array([statistic(*row) for row in means])
+    except Undefined:
+        return PointEstimate(value, math.nan, 0)
     error = math.sqrt((k - 1) / k * float(((left_out - left_out.mean()) ** 2).sum()))
     return PointEstimate(value, error, k - 1)
 
@@ -112,6 +159,7 @@ class MomentEstimates:
         degrees: degrees of freedom of the covariance.
         left_out: change of each estimate without one of the K probes of one of N strata, ``[m, N, K]`` for each
             independent group of probes; empty if it is not known.
+        pairs: effective number of pairs of independent parts of probes; see :data:`ALIKE`.
     """
 
     means: np.ndarray
@@ -120,6 +168,7 @@ class MomentEstimates:
     bound: np.ndarray
     degrees: float
     left_out: tuple[np.ndarray, ...] = ()
+    pairs: float = math.inf
 
     @classmethod
     def nothing(cls, moments: int) -> MomentEstimates:
@@ -138,8 +187,8 @@ class MomentEstimates:
 
         single, double, bound = (weighted(part, shares**2) for part in ("single", "double", "bound"))
         left_out = [share * part for share, (_, group) in zip(shares, groups, strict=True) for part in group.left_out]
-        degrees = sum(group.degrees for _, group in groups)
-        return cls(weighted("means", shares), single, double, bound, degrees, tuple(left_out))
+        degrees, pairs = (sum(getattr(group, name) for _, group in groups) for name in ("degrees", "pairs"))
+        return cls(weighted("means", shares), single, double, bound, degrees, tuple(left_out), pairs)
 
     def plus(self, exact: ArrayLike) -> MomentEstimates:
         """The estimates with known numbers ``[m]`` added."""
@@ -220,7 +269,8 @@ class PairSums:
     rank. It would also have K - 1 degrees of freedom, whereas the strata together have N (K - 1).
 
     Below K = 4 the blocks b = c have no unbiased estimate. Their variance is then bounded by their second moment, and
-    treated as fully correlated with the rest. A single pair, of two probes in one stratum, has no degrees of freedom.
+    treated as fully correlated with the rest. The bound has one degree of freedom less than there are pairs of probes
+    in the same stratum, with the effective number of strata. A single pair has none.
 
     Args:
         N: number of strata.
@@ -306,16 +356,24 @@ class PairSums:
         else:
             bound = 2 / K * _outer(pairs) / (K * (K - 1))
         means = self._means + block_means.sum(1) + self._singles.mean(2).sum(1)
+        sizes = np.abs(self._diagonal.diagonal(axis1=2, axis2=3)).sum(2)  # of each stratum's own pairs
         if traces is not None:
             traces = np.asarray(traces, dtype=np.float64)
+            sizes = np.concatenate([traces.sum(1)[None], sizes])
             effects = np.concatenate([(traces - traces.mean(1, keepdims=True))[None], effects])
             means = np.concatenate([[traces.mean(1).sum()], means])
             noise, double, bound = (np.pad(part, ((1, 0), (1, 0))) for part in (noise, double, bound))
         degrees = min(map(satterthwaite, (effects**2).sum(2), degrees_of_variance(effects)))
-        if N == 1 and K < 4:  # all that is known comes from the K (K - 1) / 2 pairs of one block
-            degrees = min(degrees, K * (K - 1) / 2 - 1)
+        if K < 4 and m:
+            own = min(map(strata.effective_number, (pairs**2).sum((2, 3)))) * K * (K - 1) / 2
+            degrees = min(degrees, own - 1 if own > ONE else 0.0)
         single = (_outer(effects) / (K - 1) - noise) / K
-        return MomentEstimates(means, single, double, bound, degrees, (-effects / (K - 1),))
+        parts = min((strata.effective_number(size) for size in sizes if size.any()), default=1.0)
+        return MomentEstimates(means, single, double, bound, degrees, (-effects / (K - 1),), (K - 1) * parts)
+
+
+ONE = 1.1
+"""Effective number of pairs up to which they count as a single one, which has no degrees of freedom."""
 
 
 def _outer(y: np.ndarray) -> np.ndarray:

@@ -44,6 +44,8 @@ def metric_of_p(
 ) -> Estimate:
     """A metric of P P* from random signs u, with the jackknife's standard error over probes.
 
+    If a few probes agree, which may be due to chance, the error is unknown.
+
     The trace is E ||P* u||^2, the squared norm is E ||P P* u||^2, and the cross term of alignment is E <P P* u,
     (P P*)_f u>, all over the same u. Equal seeds give equal probes at all weights, so differences between checkpoints
     are paired. Each of the estimate's ``passes`` is one product with P or P*: one per probe for the trace, two
@@ -63,7 +65,10 @@ def metric_of_p(
     def statistic(*means: float) -> float:
         return Moments(**dict(zip(MOMENTS[metric], means, strict=True))).metric(metric)
 
-    value, error, degrees = standard_errors.jackknife(statistic, *columns)
+    point = standard_errors.jackknife(statistic, *columns)
+    if j.n > 1:  # squares do not depend on a single sign
+        point = standard_errors.unless_alike(point, probes - 1, j.epsilon)
+    value, error, degrees = point
     products = probes * (1 if metric == "trace" else 2) * len(kernels)
     return Estimate(value, error, products, "propagated_probes", metric=metric, degrees=degrees, kernel="P P*")
 

@@ -64,8 +64,8 @@ def shares(tables: Sequence[np.ndarray]) -> np.ndarray:
 
 def effective_number(shares: np.ndarray) -> float:
     """(sum_b r_b)^2 / sum_b r_b^2 for shares r ``[N]``: N if they are equal, 1 if one stratum has all."""
-    squares = float((shares**2).sum())
-    return float(shares.sum()) ** 2 / squares if squares > 0 else float(len(shares))
+    whole, squares = float(shares.sum()), float((shares * shares).sum())
+    return whole * whole / squares if squares > 0 else float(len(shares))
 
 
 def are_uneven(shares: np.ndarray) -> bool:

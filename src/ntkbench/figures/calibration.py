@@ -19,7 +19,7 @@ COLUMNS += ("covered_high", "target_low", "target_high", "ratio", "rmse", "noted
 
 AUTO = "auto"
 RATIOS, COVERED = (0.4, 2.5), (0.70, 1.0)
-"""Ranges of the axes; points beyond are drawn at the ends."""
+"""Ranges of the axes; points beyond are drawn at the ends. A ratio without a stated error is beyond the upper one."""
 TICKS = {"ratio": [0.5, 1.0, 2.0], "covered": [0.75, 0.85, 0.95]}
 MARKERS = {"default": "o", "passes": "s", "rtol": "^"}
 """Markers by how an estimate is requested."""
@@ -63,7 +63,7 @@ def counts(some: pd.DataFrame) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A line for each method, with the cases of all problems: errors on the left, coverage on the right."""
-    points = base.measured(cases(table), "covered", "ratio")
+    points = base.measured(cases(table), "covered")
     if not len(points):
         return base.nothing(table, labels.why_not(table))
     style = {m: look for m, look in looks(table).items() if m in set(points["method"])}
@@ -121,11 +121,11 @@ def _points(panel: Axes, here: pd.DataFrame, column: str, lines: dict[str, int])
     """Metrics below each other within the line of a method; hollow where estimates have a note, ringed out of range."""
     metrics = base.metrics_in(here)
     low, high = RATIOS if column == "ratio" else COVERED
-    for row in here.to_dict("records"):
+    for row in here.assign(at=here[column].fillna(high).clip(low, high)).to_dict("records"):
         y = lines[row["method"]] + 0.6 * ((metrics.index(row["metric"]) + 0.5) / len(metrics) - 0.5)
         colour = COLOURS.get(row["metric"], styles.BLACK)
         panel.plot(
-            min(max(row[column], low), high),
+            row["at"],
             y,
             color=colour,
             marker=MARKERS[row["way"]],
@@ -137,7 +137,7 @@ def _points(panel: Axes, here: pd.DataFrame, column: str, lines: dict[str, int])
             clip_on=False,
         )
         if row["verdict"] in LOST:
-            panel.plot(min(max(row[column], low), high), y, **RING, zorder=4, clip_on=False)
+            panel.plot(row["at"], y, **RING, zorder=4, clip_on=False)
 
 
 def _finding(points: pd.DataFrame) -> str:
@@ -191,14 +191,15 @@ def _reading(points: pd.DataFrame) -> list[key.Entry]:
 
 
 def _caption(points: pd.DataFrame) -> str:
-    beyond = int(((points["ratio"] < RATIOS[0]) | (points["ratio"] > RATIOS[1])).sum())
+    beyond, unknown = int((~points["ratio"].between(*RATIOS)).sum()), int(points["ratio"].isna().sum())
+    said = f" ({unknown} without a stated error)" if unknown else ""
     under = int((points["covered"] < COVERED[0]).sum())
     lost = points["verdict"].isin(LOST).sum()
     return (
         "Root-mean-square measured over stated error (left), and coverage of 95 % intervals (right), on "
         f"{points['problem'].nunique()} networks. Out of range: {lost} of {len(points)} cases, whose Wilson interval "
         "is disjoint from the target; a note at half of the estimates excuses all but auto. Beyond the axes: "
-        f"{beyond} ratios, {under} coverages."
+        f"{beyond} ratios{said}, {under} coverages."
     )
 
 

@@ -13,7 +13,7 @@ from ntkbench.units import counted
 
 TABLE = "cost_model"
 COLUMNS: tuple[str, ...] = ("problem", "metric", "method", "title", "kind", "predicted_seconds", "seconds", "calls")
-COLUMNS += ("predicted_bytes", "memory_bytes", "predicted_passes", "passes_spent")
+COLUMNS += ("predicted_bytes", "memory_bytes", "predicted_passes", "passes_spent", "samples", "N")
 
 PANELS = {
     "seconds": ("predicted_seconds", "seconds", 1.0, "seconds"),
@@ -31,7 +31,6 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     points = ratios(table)
     if not len(points):
         return base.nothing(table, labels.why_not(table))
-    skipped = table["reason"].astype(str).str.contains("is predicted to take").sum() if "reason" in table else 0
     kinds = [kind for kind in COLOURS if kind in set(points["kind"])]
     handles = [Line2D([], [], color=COLOURS[kind], marker="o", linestyle="", markersize=5) for kind in kinds]
     band = Patch(color=canvas.SHADE, linewidth=0)
@@ -49,17 +48,31 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         _panel(panel, drawn, predicted, measured, unit, label)
         canvas.heading(panel, heading, offset=6)
     kept = [*COLUMNS, "seconds_ratio", "memory_ratio"]
-    return base.Drawing(figure, points[kept].reset_index(drop=True), _caption(points, int(skipped)))
+    return base.Drawing(figure, points[kept].reset_index(drop=True), _caption(points, *left_out(table)))
 
 
 def ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """All measured rows with a prediction, with ``seconds_ratio`` and ``memory_ratio``, predicted over measured."""
-    points = base.measured(table, "predicted_seconds", "seconds").copy()
+    """All measured rows with a prediction, with ``seconds_ratio`` and ``memory_ratio``, predicted over measured.
+
+    Rows whose method ran on all samples for its prediction are left out: both of their numbers are measured.
+    """
+    points = base.measured(table, "predicted_seconds", "seconds")
+    points = points[~_in_full(points)].copy()
     points["seconds_ratio"] = points["predicted_seconds"] / points["seconds"]
     floor = FLOOR * 2**20
     predicted = points["predicted_bytes"].fillna(0.0).clip(lower=floor)
     points["memory_ratio"] = predicted / points["memory_bytes"].clip(lower=floor)
     return points
+
+
+def left_out(table: pd.DataFrame) -> tuple[int, int]:
+    """Numbers of measured rows whose method ran on all samples for its prediction, and of rows predicted too slow."""
+    slow = table["reason"].astype(str).str.contains("is predicted to take")
+    return int(_in_full(base.measured(table, "predicted_seconds", "seconds")).sum()), int(slow.sum())
+
+
+def _in_full(table: pd.DataFrame) -> pd.Series:
+    return pd.to_numeric(table["samples"], errors="coerce") >= table["N"]
 
 
 def _panel(panel: Axes, points: pd.DataFrame, predicted: str, measured: str, unit: float, label: str) -> None:
@@ -102,19 +115,19 @@ def _finding(points: pd.DataFrame) -> str:
     )
 
 
-def _caption(points: pd.DataFrame, skipped: int) -> str:
+def _caption(points: pd.DataFrame, in_full: int, slow: int) -> str:
     memory = points["memory_ratio"].dropna()
     text = (
-        f"Predicted against measured seconds of an estimate, for all {len(points)} cases of "
-        f"{counted(points['problem'].nunique(), 'problem')}, metrics and methods with both; "
-        f"{labels.share_label(within(points['seconds_ratio']))} are within a factor of {FACTOR:g}, and the median "
-        f"prediction is off by a factor of {labels.rounded(median_factor(points['seconds_ratio']))}."
+        f"Predicted against measured seconds of an estimate, for {len(points)} cases of "
+        f"{counted(points['problem'].nunique(), 'problem')}, metrics and methods."
     )
-    if skipped:
-        text += f" {skipped} others were predicted to take too long and were not measured."
+    if in_full:
+        text += f" Left out: {in_full} predicted by running on all samples."
+    if slow:
+        text += f" Not measured: {slow} predicted to take too long."
     if len(memory):
         text += (
             f" Memory peaks: {labels.share_label(within(memory))} of {len(memory)} within a factor of {FACTOR:g}; "
             f"those below {FLOOR:g} MiB count as {FLOOR:g} MiB."
         )
-    return f"{text} Budgets of stochastic methods are those predicted to reach the tolerance."
+    return f"{text} Budgets: those predicted to reach the tolerance."

@@ -112,7 +112,7 @@ def _won(rows: pd.DataFrame) -> pd.DataFrame:
 def _title(points: pd.DataFrame, won: pd.DataFrame) -> str:
     """The number of tasks on which each kind of method surely takes the fewest passes to a 1 % error."""
     if not len(won):
-        return f"Relative error against passes: no exact method or estimate is within {100 * GOAL:g} %"
+        return f"Relative error against passes: no exact method or estimate reaches a median error of {100 * GOAL:g} %"
     sure = won[won["fastest_of_kind"] >= tasks.SURE]
     counts = [f"{KINDS.get(kind, kind)} on {count}" for kind, count in sure["kind"].value_counts().items()]
     undecided = f"undecided on {len(won) - len(sure)}"

@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from ntkbench.figures.plotting import base, canvas, key, labels, styles
+from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
 from ntkbench.figures.plotting.styles import Look, backends_in, looks
+from ntkbench.measure import laws
 
 MOST = 4
 """Maximum number of networks side by side; those with the most sizes and methods are shown."""
@@ -27,20 +28,21 @@ QUANTITIES = {"seconds": "seconds", "memory_mib_drawn": "peak memory [MiB]"}
 NETWORK = ["family", "setting"]
 LINE = [*NETWORK, "method", "backend"]
 KEPT = ["family", "setting", "problem", "N", "O", "P", "n", "metric", "method", "title", "backend", "status", "reason"]
-KEPT += ["seconds", "seconds_q25", "seconds_q75", "memory_bytes"]
+KEPT += ["seconds", "seconds_q25", "seconds_q75", "seeds", "calls", "memory_bytes"]
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
     """Seconds (above) and peak memory (below) against n, a column for each kind of network."""
     exact = table[table["kind"] == "exact"].sort_values([*NETWORK, "n", "problem", "method", "backend"])
+    kept = [column for column in KEPT if column in exact]
     if not (exact["status"] == "ok").any():
         why = labels.why_not(exact) if len(exact) else "The table has no exact method."
-        return base.nothing(exact[KEPT], why)
+        return base.nothing(exact[kept], why)
     metric = _metric(exact)
     exact = exact[exact["metric"] == metric]
     # A method whose cells of a backend are all skipped is left out for this backend.
     runs = exact.groupby(["method", "backend"])["status"].transform(lambda status: (status != "skipped").any())
-    plotted = exact.loc[runs, KEPT].copy()
+    plotted = exact.loc[runs, kept].copy()
     plotted["memory_mib_drawn"] = (plotted["memory_bytes"] / MIB).clip(lower=FLOOR)
     networks = sorted((_one_network(cells) for _, cells in plotted.groupby(NETWORK)), key=_extent)[-MOST:]
     plotted = _with_slopes(pd.concat(networks, ignore_index=True))
@@ -198,28 +200,50 @@ def _names(
         panel.annotate(names[method, backend], (1, last), xytext=(20, 0), va="center", fontsize=9, **inches)
 
 
-def _best(plotted: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """The row of least cost at the largest n of each network."""
+def winners(plotted: pd.DataFrame, quantity: str) -> dict[tuple[str, str], str]:
+    """The method of least cost at the largest n of each network; empty where none is certain.
+
+    The fastest method is the fastest with a probability of at least 95 %. Peaks are measured once: the one of least
+    memory is strictly below all others, after the floor.
+    """
     points = base.measured(plotted[plotted[quantity] > 0], quantity, "n")
-    largest = points[points["n"] == points.groupby(NETWORK)["n"].transform("max")]
-    return largest.loc[largest.groupby(NETWORK)[quantity].idxmin()]
+    typical = laws.typical_spread(points)
+    found: dict[tuple[str, str], str] = {}
+    for network, rows in points.groupby(NETWORK):
+        rows = rows[rows["n"] == rows["n"].max()]
+        if quantity == "seconds":
+            chances = laws.smallest(*laws.median_seconds(rows, typical=typical))
+        else:
+            least = (rows[quantity] == rows[quantity].min()).to_numpy(float)
+            chances = least / least.sum()
+        of_methods = pd.Series(chances, index=rows["method"]).groupby(level=0).sum()
+        found[network] = str(of_methods.idxmax()) if of_methods.max() >= tasks.SURE else ""
+    return found
 
 
 def _title(plotted: pd.DataFrame, style: dict[str, Look], metric: str) -> str:
-    fastest, least = (_best(plotted, quantity)["method"].value_counts() for quantity in QUANTITIES)
-    if not len(fastest):
+    fastest, least = (list(winners(plotted, quantity).values()) for quantity in QUANTITIES)
+    if not fastest:
         return f"Cost of exact methods for the {labels.metric_label(metric)}"
-    first = max(fastest.index, key=lambda m: (fastest[m], least.get(m, 0)))
-    text = f"Of exact methods, {labels.short(style[first].title, 40)} is fastest on {fastest[first]} of {fastest.sum()}"
     networks = "networks" if plotted["setting"].nunique() == 1 else "panels"
-    return f"{text} {networks} and takes the least memory on {least.get(first, 0)}"
+    if not any(fastest):
+        return f"No exact method is surely the fastest on any of {len(fastest)} {networks}"
+    first = max(filter(None, fastest), key=lambda method: (fastest.count(method), least.count(method)))
+    return (
+        f"Of exact methods, {labels.short(style[first].title, 40)} is surely fastest on {fastest.count(first)} of "
+        f"{len(fastest)} {networks} (undecided on {fastest.count('')}) and takes the least memory on "
+        f"{least.count(first)}"
+    )
 
 
 def _caption(metric: str, plotted: pd.DataFrame, problems: int) -> str:
-    best = _best(plotted, "seconds")
-    said = ", ".join(f"{labels.name_label(row.family)} {row.title}" for row in best.itertuples())
+    titles = dict(zip(plotted["method"], plotted["title"], strict=True))
+    won: dict[str, list[str]] = {}
+    for (family, _), method in winners(plotted, "seconds").items():
+        won.setdefault(titles[method] if method else "undecided", []).append(labels.name_label(family))
+    said = "; ".join(f"{title} on {' and '.join(names)}" for title, names in won.items())
     text = f"Seconds (with quartiles) and peak memory of an exact {metric.replace('_', ' ')} against n."
-    text += f" Fastest at the largest n: {said}." if said else ""
+    text += f" Surely fastest at the largest n: {said}." if said else ""
     for quantity, grows in (("seconds", "Seconds grow"), ("memory", "Memory grows")):
         slopes = plotted[f"slope_{quantity}"].dropna()
         if len(slopes):

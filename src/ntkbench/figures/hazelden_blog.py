@@ -70,7 +70,7 @@ def _title(points: pd.DataFrame) -> str:
         return f"Estimates against samples (blog post): {network}"
     row = shared.iloc[0]
     return (
-        f"{samples:g} shared probes give the alignment within {labels.share_label(row['error'])} in "
+        f"{samples:g} shared probes give the alignment to a median error of {labels.share_label(row['error'])} in "
         f"{seconds_label(row['seconds'])} (blog post; {network})"
     )
 

@@ -213,13 +213,14 @@ def _advice(chosen: pd.DataFrame) -> list[Line]:
 
 
 def _code(tried: pd.DataFrame, tolerance: str) -> str:
-    """The call for a tolerance: ``auto``, or the exact method in PyTorch that is fastest on the most tasks."""
+    """The call for a tolerance: ``auto``, or the exact method in PyTorch that is surely fastest on the most tasks."""
     metric = next((m for m in base.metrics_in(tried) if m in ("norm", "trace", "effective_rank")), "trace")
     if tolerance in ERRORS:
         return f"ntkbench.{metric}(model, x, rtol={ERRORS[tolerance]:g})"
-    first = tried.loc[tried["backend"] == "torch", "method"].value_counts()
-    method = labels.short(first.index[0], 30) if len(first) else "structured_derivatives"
-    return f'ntkbench.{metric}(model, x,\n  method="{method}")'
+    first = tried.loc[(tried["backend"] == "torch") & (tried["fastest"] >= tasks.SURE), "method"].value_counts()
+    if not len(first):
+        return "# no method in PyTorch is surely fastest"
+    return f'ntkbench.{metric}(model, x,\n  method="{labels.short(first.index[0], 30)}")'
 
 
 def _write(figure: Figure, panel: Axes, lines: list[Line]) -> None:

@@ -23,7 +23,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     known = table[table["n"] > 0]
     best = _best(known)
     if not len(best):
-        return base.nothing(best, f"Nothing was measured within 1 %.\n{labels.why_not(table)}")
+        return base.nothing(best, f"Nothing reached a median error of 1 %.\n{labels.why_not(table)}")
     order = base.metrics_in(best)
     cases = sorted(best.groupby(CASE, sort=False), key=lambda item: order.index(item[0][0]))
     rows = canvas.in_rows(cases, COLUMNS)
@@ -137,7 +137,7 @@ def _key(best: pd.DataFrame) -> key.Key:
         (Line2D([], [], color=tasks.FAMILIES["stochastic"].colour), "the estimate is faster"),
         (Line2D([], [], color=tasks.FAMILIES["exact"].colour), "exact is faster"),
     ]
-    return [("within 1 %", entries), ("a task with both, and the factor", lines)]
+    return [("to a median error of 1 %", entries), ("a task with both, and the factor", lines)]
 
 
 def _crossing(pairs: pd.DataFrame) -> float:
@@ -174,7 +174,7 @@ def _finding(pairs: pd.DataFrame) -> str:
 
 def _title(pairs: pd.DataFrame) -> str:
     if not len(pairs):
-        return "Where estimating begins to pay: no task has an exact value and an estimate within 1 %"
+        return "Where estimating begins to pay: no task has an exact value and an estimate to a median error of 1 %"
     (pays, wins, undecided), sure = _counts(pairs), pairs.loc[pairs["sure"], "ratio"]
     text = f"To 1 %, estimating surely pays on {pays} of {len(pairs)} tasks"
     if pays:

@@ -13,12 +13,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ntkbench.errors import BadInput
-from ntkbench.figures.plotting import base, canvas, key, labels, styles
+from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
+from ntkbench.measure import laws
 from ntkbench.studies.base.prescribed import Kernel
 
 TABLE = "when_to_be_exact"
 SIZES = ["N", "O", "rank", "share"]
-COLUMNS = (*SIZES, "metric", "family", "title", "passes", "rms", "predicted", "seconds", "seeds")
+COLUMNS: tuple[str, ...] = (*SIZES, "metric", "family", "title", "passes", "rms", "predicted", "seconds")
+COLUMNS += ("seconds_q25", "seconds_q75", "seeds")
 TOLERANCES = {0.1: "10 %", 0.01: "1 %", 0.001: "0.1 %"}
 FAMILIES = {
     "exact": (styles.PINK, "exact"),
@@ -31,6 +33,8 @@ LINES: tuple[Any, ...] = ("--", (0, (5, 1.5, 1, 1.5)), ":")
 """Line styles of the theoretical boundaries for pooled estimates, by share."""
 PREDICTED = ("per-sample", "pooled")
 """Families with a theoretical error."""
+UNDECIDED = canvas.PALE
+"""Colour where no family has the least cost with 95 % certainty."""
 MARKERS = {"passes": "o", "seconds": "s"}
 """Markers of costs against theory; hollow where the cost is extrapolated."""
 
@@ -52,7 +56,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     """A row of maps for each metric, a column for each error; below, measured against predicted costs."""
     points = base.measured(table, "rms", "passes", "seconds", *SIZES)
     there = np.array([_exists(*sizes) for sizes in points[SIZES].itertuples(index=False)], dtype=bool)
-    points = points[there & (points["passes"] > 0)]
+    points = points[there & (points["passes"] > 0) & (points["seconds"] > 0)]
     plotted = _costs(points)
     if not len(plotted):
         return base.nothing(table[[*COLUMNS, "status", "reason"]], labels.why_not(table))
@@ -121,6 +125,24 @@ def cost(rows: pd.DataFrame, error: float) -> Cost:
     return Cost(wanted, within * max(1.0, wanted / passes[-1]), bool(tried))
 
 
+def spreads(rows: pd.DataFrame, error: float, typical: float) -> dict[str, float]:
+    """Standard deviations of the logarithms of a method's passes and seconds to an error.
+
+    The logarithm of a root mean square of k nearly normal errors has a standard deviation of 1 / sqrt(2 k). All errors
+    of a method are assumed to be off by as much, to the side that matters more. Seconds also vary over calls, see
+    :func:`ntkbench.measure.laws.median_seconds`.
+
+    Args:
+        rows, error: as for :func:`cost`.
+        typical: what :func:`ntkbench.measure.laws.typical_spread` gives for the table.
+    """
+    off = 1 / math.sqrt(2 * rows["seeds"].fillna(1).clip(lower=1).max())
+    logs = np.log([cost(rows, error * math.exp(side * off))[:2] for side in (0, -1, 1)])
+    of_passes, of_seconds = np.nan_to_num(np.abs(logs[1:] - logs[0])).max(0)
+    of_calls = laws.median_seconds(rows, typical=typical)[1].max()
+    return {"passes": float(of_passes), "seconds": math.hypot(of_seconds, of_calls)}
+
+
 def predicted_passes(kernel: Kernel, metric: str, family: str, error: float) -> float:
     """The theoretical passes to a relative error; at least two."""
     from scipy.optimize import brentq
@@ -145,8 +167,13 @@ def _exists(*sizes: float) -> bool:
 
 
 def _costs(points: pd.DataFrame) -> pd.DataFrame:
-    """One row for each kernel, metric, error and family: its cost, and the family that wins."""
+    """One row for each kernel, metric, error and family: its cost, and the family that wins.
+
+    A family wins if its cost is the least with a probability of at least 95 %; the winner is empty if none is.
+    ``chance_of_exact_in_passes`` is the probability that exact takes the fewest passes; likewise for seconds.
+    """
     made = []
+    typical = laws.typical_spread(points)
     for (*sizes, metric), kernel_rows in points.groupby([*SIZES, "metric"]):
         if "exact" not in set(kernel_rows["family"]):
             continue
@@ -156,14 +183,25 @@ def _costs(points: pd.DataFrame) -> pd.DataFrame:
                      if f in set(kernel_rows["family"])}  # fmt: skip
             theory = {f: predicted_passes(kernel, metric, f, error) for f in PREDICTED if f in costs}
             theory["exact"] = kernel.O
-            winners = {by: _least({f: getattr(c, by) for f, c in costs.items()}) for by in ("passes", "seconds")}
+            apart = {f: spreads(kernel_rows[kernel_rows["family"] == f], error, typical) for f in costs}
+            chances = {by: _chances(costs, apart, by) for by in MARKERS}
             for family, found in costs.items():
                 row = {**dict(zip(SIZES, sizes, strict=True)), "metric": metric, "error": error, "family": family}
                 row |= found._asdict() | {"predicted_passes": theory.get(family, math.nan)}
                 row |= {"exact_passes": kernel.O, "exact_seconds": costs["exact"].seconds}
-                row |= {f"winner_in_{by}": winner for by, winner in winners.items()}
+                for by, shares in chances.items():
+                    row[f"winner_in_{by}"] = next((f for f, share in shares.items() if share >= tasks.SURE), "")
+                    row[f"chance_of_exact_in_{by}"] = shares["exact"]
                 made.append({**row, "winner_in_theory": _least(theory), "seeds": kernel_rows["seeds"].max()})
     return pd.DataFrame(made)
+
+
+def _chances(costs: dict[str, Cost], apart: dict[str, dict[str, float]], by: str) -> dict[str, float]:
+    """The probability of each family that its passes or seconds are the least; the first family wins a tie."""
+    known = [family for family, found in costs.items() if math.isfinite(getattr(found, by))]
+    middle = np.log([getattr(costs[family], by) for family in known])
+    shares = laws.smallest(middle, np.array([apart[family][by] for family in known]))
+    return dict(zip(known, map(float, shares), strict=True))
 
 
 def _least(costs: dict[str, float]) -> str:
@@ -215,7 +253,8 @@ def _map(panel: Axes, here: pd.DataFrame, level: float, shares: list[float], the
     offsets = np.linspace(-1, 1, len(shares)) * (0.24 if len(shares) > 1 else 0)
     for offset, share in zip(offsets, shares, strict=True):
         for row in here[(here["share"] == share) & (here["family"] == "exact")].itertuples():
-            left, right = (FAMILIES[winner][0] for winner in (row.winner_in_passes, row.winner_in_seconds))
+            winners = (row.winner_in_passes, row.winner_in_seconds)
+            left, right = (FAMILIES[winner][0] if winner else UNDECIDED for winner in winners)
             panel.plot(row.O * 2**offset, row.rank, marker="o", markersize=8, fillstyle="left", markerfacecolor=left,
                        markerfacecoloralt=right, markeredgecolor="white", markeredgewidth=0.8, zorder=4)  # fmt: skip
     panel.set_xticks(outputs, [f"{size:g}" for size in outputs])
@@ -245,14 +284,13 @@ def _against_theory(panel: Axes, here: pd.DataFrame) -> None:
 
 def _families(points: pd.DataFrame) -> list[key.Entry]:
     titles = points.groupby("family")["title"].unique()
-    return [
-        (
-            Line2D([], [], color=colour, marker="o", markersize=8, linestyle=""),
-            f"{words}: {' / '.join(map(labels.short, titles[family]))}",
-        )
+    entries = [
+        (colour, f"{words}: {' / '.join(map(labels.short, titles[family]))}")
         for family, (colour, words) in FAMILIES.items()
         if family in titles
     ]
+    dot: dict[str, Any] = {"marker": "o", "markersize": 8, "linestyle": ""}
+    return [(Line2D([], [], color=colour, **dot), words) for colour, words in [*entries, (UNDECIDED, "undecided")]]
 
 
 def _reading(shares: list[float]) -> list[key.Entry]:
@@ -281,6 +319,11 @@ def _kernels(plotted: pd.DataFrame) -> pd.DataFrame:
     return plotted[plotted["family"] == "exact"]
 
 
+def _is_open(rows: pd.DataFrame, by: str) -> pd.Series:
+    """Whether it is undecided, row by row, if the cost of exact is the least."""
+    return rows[f"chance_of_exact_in_{by}"].between(1 - tasks.SURE, tasks.SURE, inclusive="neither")
+
+
 def _title(plotted: pd.DataFrame) -> str:
     rows, estimates = _kernels(plotted), plotted[plotted["family"] != "exact"]
     of, said = (rows["error"] == rows["error"].iloc[0]).sum(), []
@@ -288,11 +331,13 @@ def _title(plotted: pd.DataFrame) -> str:
         wins = (rows.loc[rows["error"] == error, "winner_in_passes"] == "exact").sum()
         tried = estimates.loc[(estimates["error"] == error) & estimates["passes"].notna(), "tried"].astype(bool)
         how = "" if tried.all() else " (partly extrapolated)" if tried.any() else " (extrapolated)"
-        said.append(f"to {words} in {wins} of {of} cases{how}")
-    return (
-        f"Exact takes the fewest passes {', '.join(said)}; N O rank < 2 / error² predicts this in "
-        f"{100 * _by_rule(rows).mean():.0f} % of all {len(rows)}"
-    )
+        said.append(f"to {words} in {wins}{how}")
+    decided = rows[~_is_open(rows, "passes")]
+    text = f"Of {of} cases, exact surely takes the fewest passes {', '.join(said)}; "
+    text += f"{len(rows) - len(decided)} of all {len(rows)} are undecided"
+    if len(decided):
+        text += f", and N O rank < 2 / error² predicts {100 * _by_rule(decided).mean():.0f} % of the others"
+    return text
 
 
 def _by_rule(rows: pd.DataFrame) -> pd.Series:
@@ -304,12 +349,13 @@ def _by_rule(rows: pd.DataFrame) -> pd.Series:
 def _caption(plotted: pd.DataFrame) -> str:
     rows = _kernels(plotted)
     wins = {by: (rows[f"winner_in_{by}"] == "exact").sum() for by in MARKERS}
+    open_ = {by: _is_open(rows, by).sum() for by in MARKERS}
     estimates = plotted[plotted["family"].isin(PREDICTED)]
     text = (
-        "Fewest passes (left half) and least seconds (right) to a relative root-mean-square error: exact takes the "
-        f"fewest passes in {wins['passes']} and the least seconds in {wins['seconds']} of {len(rows)} cases. Lines and "
-        f"shade: theory. Below: {estimates['tried'].sum()} of {len(estimates)} estimates are measured; hollow ones are "
-        "extrapolated as 1 / error^2."
+        "Passes (left half) and seconds (right) to a relative root-mean-square error. With 95 % certainty, exact takes "
+        f"the fewest passes in {wins['passes']} (undecided: {open_['passes']}) and the least seconds in "
+        f"{wins['seconds']} (undecided: {open_['seconds']}) of {len(rows)} cases. Below: {estimates['tried'].sum()} of "
+        f"{len(estimates)} estimates are measured; hollow: extrapolated as 1 / error^2."
     )
     inside = estimates[estimates["tried"] & (estimates["passes"] > 4)]
     if len(inside):

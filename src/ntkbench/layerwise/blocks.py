@@ -28,7 +28,12 @@ class Block:
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return _length(self.samples) * _length(self.directions)
+        return _length(self.samples) * self.width
+
+    @property
+    def width(self) -> int:
+        """Number of directions of each sample."""
+        return _length(self.directions)
 
 
 @dataclass(frozen=True)

@@ -125,10 +125,13 @@ class Programs:
     ) -> Program:
         """The program for the shapes of ``x [N, ...]`` and ``directions [N, K, O]``.
 
+        Directions that all samples share take less memory, so they have a program of their own.
+
         Raises:
             BadInput: the backward passes cannot be traced.
         """
-        key = (tuple(x.shape), directions.shape[1], tuple(layer.parameters for layer in layers))
+        shared = directions.stride(0) == 0
+        key = (tuple(x.shape), directions.shape[1], shared, tuple(layer.parameters for layer in layers))
         with TRACING:
             program = self._made.pop(key, None)
             if program is None:
@@ -238,6 +241,9 @@ def _footprint(graph: fx.Graph, layers: Sequence[Layer | ExplicitGradient], samp
             extra = item * samples * sum(use.inputs for use in layer.uses)
             if layer.computed is not None:  # scaled copies
                 extra += sum(value.nbytes for value in parts.values())
+                if layer.computed.blocks.shape[2] > 1:  # cotangents carried to the inputs
+                    directions = node.args[3][0].meta["val"].shape[1]
+                    extra += item * samples * directions * sum(use.inputs for use in layer.uses)
         peak = max(peak, sum(alive.values()) + extra)
         for storage in ending.get(i, ()):
             alive.pop(storage, None)

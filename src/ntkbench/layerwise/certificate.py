@@ -7,7 +7,7 @@ certificate therefore covers the trace, every rule, and the assumption that samp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -28,12 +28,19 @@ class Certificate:
         x: inputs of all rows.
         directions: directions of all rows, ``[K, O]`` or ``[N, K, O]``; ``None`` for unit vectors.
         count: number of directions, K.
+        needed: names of the parameters of all layers that count.
     """
 
     def __init__(
-        self, names: Sequence[str], parameters: ParameterValues, x: Tensor, directions: Tensor | None, count: int
+        self,
+        names: Sequence[str],
+        parameters: ParameterValues,
+        x: Tensor,
+        directions: Tensor | None,
+        count: int,
+        needed: Collection[str],
     ) -> None:
-        self._parameters, self._x, self._directions = parameters, x, directions
+        self._parameters, self._x, self._directions, self._needed = parameters, x, directions, frozenset(needed)
         self._c = certificate.random_signs(len(x) * count, parameters[0]).reshape(len(x), count)
         self._gradients = {name: torch.zeros_like(w).reshape(-1) for name, w in zip(names, parameters, strict=True)}
         self._covered: set[str] = set()
@@ -49,7 +56,12 @@ class Certificate:
         Args:
             network: plain autograd.
             memory: bytes of the values that autograd saves.
+
+        Raises:
+            Uncertified: a layer that counts was not added, or none counts.
         """
+        if not self._needed or self._covered != self._needed:
+            raise certificate.Uncertified("the gradients of some layers were not computed")
         network.load(self._parameters)
         v = self._c if self._directions is None else self._c[:, None] @ self._directions  # [N, 1, O]
         plain = dict(zip(self._gradients, network.gradient(self._x, v, memory), strict=True))

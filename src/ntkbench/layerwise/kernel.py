@@ -17,7 +17,7 @@ from ntkbench.layerwise.blocks import Block, Task, even
 from ntkbench.layerwise.capture import ParameterValues, Program, Programs
 from ntkbench.layerwise.certificate import Certificate
 from ntkbench.layerwise.factors import GradientFactors
-from ntkbench.layerwise.layers import ExplicitGradient, Layer, find, owner
+from ntkbench.layerwise.layers import ExplicitGradient, Layer, find, last_uses, of_last_module
 from ntkbench.layerwise.rules import Use
 from ntkbench.layerwise.trace import SampleGraph, trace
 from ntkbench.layerwise.tuning import Tuning
@@ -127,14 +127,13 @@ class LayerwiseKernel:
         return self._programs.directions_run
 
     def last_layer(self) -> list[Layer | ExplicitGradient]:
-        """The layers whose parameters belong to the module that is used last."""
-        graph = self.trace.graph
-        order = {node: i for i, node in enumerate(graph.graph.nodes)}
-        used = {
-            name: max((order[user] for user in node.users), default=-1) for name, node in graph.placeholders().items()
-        }
-        last = owner(max(used, key=used.__getitem__))
-        return [layer for layer in self.layers if owner(layer.parameters[0]) == last]
+        """The layers with parameters of the module whose parameters are used last.
+
+        Raises:
+            BadInput: the outputs depend on no parameter.
+        """
+        last = of_last_module(self._module, last_uses(self.trace.graph))
+        return [layer for layer in self.layers if not last.isdisjoint(layer.parameters)]
 
     def fallbacks(self) -> dict[str, str]:
         """Parameters with explicit gradients because no rule applies, and the reason for each."""
@@ -261,11 +260,13 @@ class LayerwiseKernel:
         self, task: Task, sets: Sequence[ParameterValues], x1: Tensor, x2: Tensor | None, kept: bool
     ) -> Iterator[tuple[Block, Block, list[Tensor]]]:
         columns_of = x1 if x2 is None else x2
-        rows = self._blocks(task, sets, x1, whole=x2 is None and (kept or self._fits(task, sets, x1)))
+        if x2 is None:
+            rows = columns = self._blocks(task, sets, x1, whole=kept or self._fits(task, sets, x1))
+        else:
+            rows, columns = self._rectangle(task, sets, x1, x2)
         if x2 is None and len(rows) == 1:
             yield rows[0], rows[0], [task.symmetric(parameters, x1, rows[0]) for parameters in sets]
             return
-        columns = rows if x2 is None else self._blocks(task, sets, x2, whole=False)
         seen: list[Block] = []
         for i, row in enumerate(rows):
             held = [task.collected(parameters, x1, row) for parameters in sets]
@@ -401,11 +402,11 @@ class LayerwiseKernel:
         """What is to be computed, with certificates of the parameter sets and inputs that have none."""
         layers = self.last_layer() if last_layer else self.layers
         task = Task(self._programs, directions, self.O, layers, self.memory // 4, self._tuning, fold)
-        names = list(self.trace.graph.parameters)
+        names, needed = list(self.trace.graph.parameters), _names(layers)
         return dataclasses.replace(
             task,
             certificates={
-                (id(parameters), id(x)): Certificate(names, parameters, x, directions, task.count)
+                (id(parameters), id(x)): Certificate(names, parameters, x, directions, task.count, needed)
                 for parameters, x in certified
                 if self._tuning.certified and not self._is_certified(task, parameters, x)
             },
@@ -438,6 +439,29 @@ class LayerwiseKernel:
         rows = len(x) * (1 if task.fold else task.count)
         return len(sets) * rows**2 * sets[0][0].element_size() <= self.memory
 
+    def _rectangle(
+        self,
+        task: Task,
+        sets: Sequence[ParameterValues],
+        x1: Tensor,
+        x2: Tensor,
+        row: Block | None = None,
+        column: Block | None = None,
+    ) -> tuple[list[Block], list[Block]]:
+        """Blocks of the rows and of the columns of a rectangle; with ``fold``, both in the same ranges of directions.
+
+        Args:
+            task, sets: see :meth:`_blocks`.
+            x1, x2: inputs of all rows and of all columns.
+            row, column: the rectangle; all rows and columns if not given.
+        """
+        both = ((x1, row), (x2, column))
+        rows, columns = (self._blocks(task, sets, x, whole=False, within=part) for x, part in both)
+        if task.fold and {block.directions.start for block in rows} != {block.directions.start for block in columns}:
+            most = min(max(block.width for block in blocks) for blocks in (rows, columns))
+            rows, columns = (self._blocks(task, sets, x, whole=False, within=part, most=most) for x, part in both)
+        return rows, columns
+
     def _blocks(
         self,
         task: Task,
@@ -447,6 +471,7 @@ class LayerwiseKernel:
         whole: bool,
         parameters: ParameterValues | None = None,
         within: Block | None = None,
+        most: int | None = None,
     ) -> list[Block]:
         """Blocks of rows that fit in memory, each of at least one sample in one direction.
 
@@ -460,6 +485,7 @@ class LayerwiseKernel:
             whole: whether all rows may form one block, for which nothing is collected.
             parameters: any parameter set, if ``sets`` is empty.
             within: the rows; all if not given.
+            most: largest number of directions of a block, if there is one.
         """
         everything = within or Block(slice(0, len(x)), slice(0, task.count))
         (N, first_sample), (K, first_direction) = (
@@ -481,6 +507,7 @@ class LayerwiseKernel:
         if sets:
             rows = max(1, int((self.memory / 4 / (len(sets) * item)) ** 0.5))
             samples, some = max(1, min(samples, rows // some)), min(some, rows)
+        some = min(some, most or some)
         return [
             Block(
                 slice(first_sample + start, first_sample + stop), slice(first_direction + first, first_direction + last)

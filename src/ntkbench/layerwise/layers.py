@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from ntkbench.errors import BadInput
 from ntkbench.layerwise.computed import Computed, Gram, computed
 from ntkbench.layerwise.factors import GradientFactors, Lookups, Products, Rows, Tied, Weighted, concatenate, with_ones
 from ntkbench.layerwise.rules import Use, rule_for
@@ -144,8 +145,46 @@ class ExplicitGradient:
 
 def owner(parameter: str) -> str:
     """Name of the module that a parameter belongs to; if it parametrises a weight, of the module with the weight."""
-    before, parametrised, _ = parameter.partition(".parametrizations.")
-    return before if parametrised else parameter.rpartition(".")[0]
+    path = f".{parameter}"
+    before, parametrised, _ = path.partition(".parametrizations.")
+    return (before if parametrised else path.rpartition(".")[0])[1:]
+
+
+def of_last_module(module: nn.Module, used: Mapping[str, int]) -> set[str]:
+    """The parameters of the module whose parameters are used last.
+
+    A parameter with several names belongs to several modules. Of modules whose last uses are the same, the one with the
+    later uses of its other parameters counts: a head with its own bias, and not the embedding with the same weight.
+
+    Args:
+        module: the network.
+        used: the position of the last use of each trainable parameter that the outputs depend on.
+
+    Raises:
+        BadInput: the outputs depend on no parameter.
+    """
+    names = {id(w): name for name, w in module.named_parameters()}
+    owned: dict[str, set[str]] = {}
+    for alias, w in module.named_parameters(remove_duplicate=False):
+        if (name := names.get(id(w), "")) in used:
+            owned.setdefault(owner(alias), set()).add(name)
+    if not owned:
+        raise BadInput("there is no last layer, as the outputs depend on no trainable parameter")
+    return max(owned.values(), key=lambda own: sorted((used[name] for name in own), reverse=True))
+
+
+def last_uses(graph: SampleGraph) -> dict[str, int]:
+    """The position of the last operation on x that uses each parameter that the outputs depend on.
+
+    A view of a parameter, or a result computed from parameters alone, is used where it meets a value that depends on x.
+    """
+    moving = downstream(next(node for node in reversed(graph.graph.nodes) if node.op == "placeholder"))
+    found: dict[fx.Node, int] = {}
+    for i, node in reversed(list(enumerate(graph.graph.nodes))):
+        uses = [found[user] for user in node.users if user in found]
+        if node.op == "output" or (uses and node.target is not aten.detach.default):
+            found[node] = i if node in moving or node.op == "output" else max(uses)
+    return {name: found[node] for name, node in graph.placeholders().items() if node in found}
 
 
 SCALES_AND_SHIFTS = {

@@ -54,8 +54,10 @@ class KernelParts:
         task, columns_of = self._certified_task(), self._x1 if self._x2 is None else self._x2
         symmetric = self._x2 is None and rows == columns
         row, column = self._block(task, rows), self._block(task, columns)
-        lefts = self._split(task, self._x1, row)
-        rights = lefts if symmetric else self._split(task, columns_of, column)
+        if symmetric:
+            lefts = rights = self._engine._blocks(task, [self._parameters], self._x1, whole=False, within=row)
+        else:
+            lefts, rights = self._engine._rectangle(task, [self._parameters], self._x1, columns_of, row, column)
         theta = None
         for i, left in enumerate(lefts):
             kept = self._collected(task, left, keep=len(lefts) == 1)
@@ -89,9 +91,6 @@ class KernelParts:
 
     def _block(self, task: Task, rows: slice) -> Block:
         return Block(*((rows, slice(0, task.count)) if self._fold else rectangle(rows, task.count)))
-
-    def _split(self, task: Task, x: Tensor, block: Block) -> list[Block]:
-        return self._engine._blocks(task, [self._parameters], x, whole=False, within=block)
 
     def _collected(self, task: Task, block: Block, *, keep: bool) -> dict[int, LayerInputs]:
         """The rows of a block, kept for the next rectangle if wanted."""

@@ -45,7 +45,7 @@ def _batch_norm(
 
 def _embedding(table: Tensor, numbers: Tensor, padding: int = -1, *rest: Any, **more: Any) -> Tensor:
     """Rows of a table. Under ``vmap``, ATen's derivative ignores the padding of all samples but the first."""
-    rows = table[numbers]
+    rows = table[numbers] if numbers.ndim else table[numbers[None]][0]  # torch reads the value of a single index
     return rows if padding < 0 else torch.where((numbers == padding)[..., None], rows.detach(), rows)
 
 

@@ -100,15 +100,18 @@ class Execution:
             )
 
     def settle(self) -> None:
-        """Record the bytes held before the call whose peak is measured."""
+        """Make the first call, which traces and compiles, and record the bytes held before the one that is measured."""
+        self.first_call()
         self._keep(baseline_bytes=timing.settle_memory())
 
     def call_for_peak(self) -> None:
         """The call whose peak is measured; on a GPU, records the allocator's peak."""
         with self.recorded():
+            target = self._config.target(self._cell.backend)
+            operators.reset_device_memory(target)
             start = time.perf_counter()
             self.estimate()
-            gpu = operators.device_memory(self._config.target(self._cell.backend))
+            gpu = operators.device_memory(target)
             self._keep(memory_seconds=time.perf_counter() - start, gpu_peak_bytes=gpu)
 
     @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ntkbench import cost, methods, problems
+from ntkbench.errors import Unavailable
 from ntkbench.measure import apart, outcomes
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
@@ -126,7 +127,11 @@ def _predict(config: Config, some: Sequence[Cell]) -> dict[str, Any]:
     costs: dict[str, tuple[float, int | None]] = {}
     for (metric, backend), group in itertools.groupby(sorted(some, key=_task), key=_task):
         own = list(group)
-        target, wanted = config.target(backend), [(cell.method, cell.passes) for cell in own]
+        try:
+            target = config.target(backend)
+        except Unavailable:  # its rows say so
+            continue
+        wanted = [(cell.method, cell.passes) for cell in own]
         found = cost.of_budgets(problem, metric, target, wanted)
         each = [(cell, found[cell.method, cell.passes]) for cell in own]
         costs |= {cell.label: (one.seconds, one.bytes) for cell, one in each if one.seconds is not None}

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ntkbench import methods, operators, paths, problems
-from ntkbench.errors import NtkbenchError
+from ntkbench.errors import NtkbenchError, Unavailable
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
 from ntkbench.measure.forecast import Forecast
@@ -84,7 +84,11 @@ def costs(config: Config, every: Iterable[Cell]) -> dict[Cell, Forecast]:
     for cell in every:
         if cell.metric not in METRICS or (known := _shapes(cell.problem)) is None:
             continue
-        method, target = methods.get(cell.method), config.target(cell.backend)
+        method = methods.get(cell.method)
+        try:
+            target = config.target(cell.backend)
+        except Unavailable:  # its row says so
+            continue
         if method.unsupported_reason(known.problem, cell.metric, target, cell.passes):
             continue
         held = method.bytes_needed(known.problem, cell.metric, target, cell.passes)

@@ -64,6 +64,12 @@ class Journal:
         """All rows that were made with a fingerprint, the oldest first."""
         return [row for (_, own), row in self._rows.items() if own == made_for]
 
+    def forget_begun(self) -> None:
+        """Forget that a row was begun and not finished. Finished rows stay."""
+        if self.begun is not None:
+            self._write({"key": self.begun, "made_for": "", "row": None})
+            self.begun = None
+
     def begin(self, key: str, made_for: str) -> None:
         """Record that a row is being measured."""
         self.begun = key
@@ -108,6 +114,7 @@ class Rows:
         made_for: fingerprint of the study.
         whence: provenance columns of new rows.
         say: called with a text that names the row being measured.
+        place: columns with the values that a row of an earlier run must have. Others are measured again.
 
     Attributes:
         made: rows so far, including those from earlier runs.
@@ -120,8 +127,10 @@ class Rows:
         made_for: str,
         whence: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = lambda _: None,
+        place: Mapping[str, Any] | None = None,
     ) -> None:
         self._journal, self._made_for, self.whence, self._say = journal, made_for, dict(whence or {}), say
+        self._place = dict(place or {})
         self._count: dict[str, int] = {}
         self._own: list[tuple[str, Row]] = []
         self.made: list[Row] = []
@@ -134,10 +143,11 @@ class Rows:
         return said if self._count[said] == 1 else f"{said} #{self._count[said]}"
 
     def before(self, key: str) -> Row | None:
-        """The row of a key, if an earlier run made it."""
+        """The row of a key, if an earlier run made it in the same place."""
         row = self._journal.row(key, self._made_for)
-        if row is not None:
-            self.made.append(row)
+        if row is None or not self._place.items() <= row.items():
+            return None
+        self.made.append(row)
         return row
 
     def begin(self, key: str) -> None:

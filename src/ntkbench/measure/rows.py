@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ntkbench import methods, operators
-from ntkbench.errors import NtkbenchError
+from ntkbench.errors import NtkbenchError, Unavailable
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
 from ntkbench.measure.outcomes import Outcome
@@ -66,7 +66,7 @@ def row(
         "title": method.title,
         "kind": method.kind,
         "kernel": method.computes,
-        "device": operators.device_name(config.target(cell.backend)),
+        "device": _device(config, cell.backend),
         "dtype": config.dtype,
         "threads": config.threads,
         "first_seed": 0 if method.takes_passes else None,
@@ -77,6 +77,14 @@ def row(
         **outcome.columns(),
         **measured,
     }
+
+
+def _device(config: Config, backend: str) -> str:
+    """Name of a backend's device. If the backend has none here, its cells are skipped, and name that of PyTorch."""
+    try:
+        return operators.device_name(config.target(backend))
+    except Unavailable:
+        return operators.device_name(config.target())
 
 
 def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

@@ -151,7 +151,8 @@ def _measure(asv: Engine, cell: Cell, index: int, work: Path) -> tuple[Outcome, 
         "calls": len(samples),
         "memory_bytes": None if baseline is None else max(0.0, peak - baseline),
         "gpu_peak_bytes": memory["gpu_peak_bytes"],
-        "measured_seconds": memory["memory_seconds"]
+        "measured_seconds": memory["first_call_seconds"]
+        + memory["memory_seconds"]
         + accuracy["first_call_seconds"]
         + accuracy["error_seconds"]
         + sum(samples),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from ntkbench.estimators import deflation
@@ -37,7 +38,10 @@ class HutchPPOneSided(FixedBudget):
     def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
         (j,) = jacobians
         k = min(probes, j.n)
-        q = deflation.orthonormal(j.ntk(rng.sign(k, j.n)))
+        sketched = j.ntk(rng.sign(k, j.n))
+        q = deflation.orthonormal(sketched)
         inside = float(deflation.squared_norms(j, j.vjp, q).sum())
         g = deflation.project_out(rng.sign(k, j.n), q)
-        return deflation.add(inside, deflation.mean(deflation.squared_norms(j, j.vjp, g), j.n))
+        outside = deflation.mean(deflation.squared_norms(j, j.vjp, g), j.n)
+        spare = functools.partial(deflation.spare_columns, sketched, q)
+        return deflation.with_residual(inside, outside, k, deflation.left_outside(k, j.n), j.epsilon, spare)

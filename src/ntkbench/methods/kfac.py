@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import importlib.util
 from typing import Any
 
@@ -24,7 +26,7 @@ class KFAC(Method):
     K-FAC-expand for the type-2 Fisher matrix of half the squared error. K-FAC treats A_l and B_l as independent and
     different layers as orthogonal, so every metric is biased, including the trace if the norms of inputs and of
     cotangents are correlated. The alignment is that of the two approximations. Only Linear and Conv2d layers are
-    supported.
+    supported. Each must be called once, with the samples along the first axis of its input.
 
     O passes for each parameter set.
     """
@@ -63,6 +65,7 @@ class KFAC(Method):
 
         Raises:
             Unavailable: curvlinops is not installed, or the device is not available.
+            Unsupported: a layer is not called once, with the samples along the first axis of its input.
         """
         errors.need("curvlinops", "kfac", INSTALL)
         names = ("theta_0",) if problem.theta_f is None else ("theta_0", "theta_f")
@@ -82,24 +85,84 @@ def _not_covered(problem: Problem) -> str | None:
 
     if len(problem.output_shape) != 2:
         return f"takes one vector of outputs per sample, and these are {list(problem.output_shape[1:])}"
+    names: dict[int, str] = {}
+    for name, w in problem.network.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(w), name)
+        if first != name and first in problem.theta_0:
+            return f"treats each layer separately, and {first} is also {name}"
     for name, module in problem.network.named_modules():
         own = [f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)]
         trained = [key for key in own if key in problem.theta_0]
         grouped = isinstance(module, nn.Conv2d) and module.groups > 1
         if trained and (grouped or type(module) not in (nn.Linear, nn.Conv2d)):
             return f"has rules for Linear and ungrouped Conv2d only, and {trained[0]} is of {type(module).__name__}"
+        if trained and isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            return f"has a rule for padding with zeros only, and that of {trained[0]} is {module.padding_mode}"
+        for key in trained:
+            if key.rpartition(".")[2] not in ("weight", "bias"):
+                return f"has rules for weights and biases only, and {key} is neither"
     return None
 
 
 def _network(problem: Problem, weights: str, target: Target) -> tuple[Any, Any, int]:
-    """The module with its values, its inputs and O."""
+    """The module with its values, its inputs and O.
+
+    Raises:
+        Unsupported: see :func:`_check_calls`.
+    """
     from ntkbench.modules import copied, load  # imports torch
 
     module, values, x = torch_network(problem, weights, target)
     module = load(copied(module), values).requires_grad_(False)
     for name, w in module.named_parameters():
         w.requires_grad_(name in values)
+    _check_calls(module, x)
     return module, x, problem.output_shape[-1]
+
+
+def _check_calls(module: Any, x: Any) -> None:
+    """Run a network once to see how it uses its layers.
+
+    Raises:
+        Unsupported: a layer is not called once, with the samples along the first axis of its input, or its parameters
+            have another use.
+    """
+    import torch
+
+    calls: dict[str, list[int]] = {}
+    own: dict[str, list[Any]] = {}
+    hooks: list[Any] = []
+
+    def noted(name: str, layer: Any, inputs: tuple[Any, ...]) -> None:
+        calls[name].append(len(inputs[0]) if inputs else 0)
+
+    for name, layer in module.named_modules():
+        if trained := [w for w in layer.parameters(recurse=False) if w.requires_grad]:
+            own[name], calls[name] = trained, []
+            hooks.append(layer.register_forward_pre_hook(functools.partial(noted, name)))
+    with torch.enable_grad():
+        uses = _uses(module(x).grad_fn)
+    for hook in hooks:
+        hook.remove()
+    for name, trained in own.items():
+        if calls[name] != [len(x)] or any(uses[id(w)] != 1 for w in trained):
+            raise errors.Unsupported(
+                f"takes layers that are used in one call, with the samples along the first axis; {name or 'this one'} "
+                "is not"
+            )
+
+
+def _uses(last: Any) -> collections.Counter[int]:
+    """How often each parameter, by its id, is used in a graph of autograd."""
+    found, nodes, left = collections.Counter[int](), set[Any](), [last]
+    while left:
+        node = left.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            before = [each for each, _ in node.next_functions]
+            found.update(id(each.variable) for each in before if hasattr(each, "variable"))
+            left.extend(before)
+    return found
 
 
 def _factors(module: Any, x: Any, outputs: int) -> list[kronecker.Factors]:

@@ -34,9 +34,11 @@ class KroneckerProjection(Projected):
     therefore falls only as 1 / sqrt(d), the inverse fourth root of k, where that of an unstructured projection falls as
     1 / sqrt(k). Use this method for large layers, where it saves most of the time, and not for small errors.
 
-    A side with at most d entries is not projected. A bias is the weight of a constant input of one. Scales, shifts and
-    other parameters outside linear maps are projected densely to d^2 numbers. ``replicates`` independent pairs of A and
-    B for each layer give the standard error its degrees of freedom; LoGra has one pair.
+    A side with at most d entries is not projected. The groups of a convolution have projections of their own, whose
+    features are added up. A bias is the weight of a constant input of one. Scales, shifts, other parameters outside
+    linear maps, and layers of which no side is projected have a dense projection if they have more than d^2 entries.
+    ``replicates`` independent pairs of A and B for each layer give the standard error its degrees of freedom; LoGra has
+    one pair.
 
     Attributes:
         replicates: R.
@@ -60,9 +62,14 @@ class KroneckerProjection(Projected):
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         """The features, and the projections of the largest layer on both sides."""
+        from torch.nn.modules.conv import _ConvNd
+
         features = super().bytes_needed(problem, metric, target, passes)
         d = math.isqrt(self.probes(metric, self.default_passes if passes is None else passes) // self.replicates)
-        sides = max((len(w) + w.size // len(w) for w in problem.theta_0.values() if w.ndim > 1), default=0)
+        layers = ((name, layer) for name, layer in problem.network.named_modules() if isinstance(layer, _ConvNd))
+        groups = {f"{name}.weight".lstrip("."): layer.groups for name, layer in layers}
+        weights = [(name, w) for name, w in problem.theta_0.items() if w.ndim > 1]
+        sides = max((len(w) + groups.get(name, 1) * w.size // len(w) for name, w in weights), default=0)
         return features + self.replicates * d * sides * target.itemsize
 
     def unsupported_reason(
@@ -147,13 +154,17 @@ class _Projections:
         from ntkbench.layerwise.factors import Lookups, Products, Rows
 
         if isinstance(factors, Products):
+            _, _, _, C, D, _ = factors.sizes
+            if max(C, D) <= self._d:
+                return self._densely(number, factors.explicit(slice(None), slice(None)))
             a = self._side(number, 0, factors.a.shape[1:3], self._d, factors.a)
             b = self._side(number, 1, factors.g.shape[2:4], self._d, factors.g)
 
             def of_some(a: Tensor, b: Tensor) -> Tensor:
                 inputs = torch.einsum("rgid,ngds->rngis", a, factors.a)
                 cotangents = torch.einsum("rgjc,nkgcs->rnkgjs", b, factors.g)
-                return torch.einsum("rnkgjs,rngis->rnkgji", cotangents, inputs).flatten(3)
+                # The projections of the groups are independent, so their sum is unbiased.
+                return torch.einsum("rnkgjs,rngis->rnkji", cotangents, inputs).flatten(3)
 
             return self._by_replicates(of_some, a, b, factors.a.nbytes + factors.g.nbytes)
         if isinstance(factors, Lookups):

@@ -13,7 +13,7 @@ from ntkbench import metrics, operations
 from ntkbench.errors import OverMemory
 from ntkbench.estimators import sampling, strata
 from ntkbench.estimators.accumulators import FEWER, Accumulator, moment_products, on_scale, required_moments
-from ntkbench.estimators.standard_errors import PointEstimate, degrees_of_variance
+from ntkbench.estimators.standard_errors import PointEstimate, degrees_of_variance, is_rounding
 from ntkbench.estimators.strata import Choice
 from ntkbench.methods.base import Incremental, Ledger
 from ntkbench.methods.base.u_statistics import with_notes
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem
 
 
-ALIKE = 100
-"""Relative error, in machine epsilons, up to which the samples that were drawn count as alike."""
 FEW = 20
 """Smallest number of drawn samples that show whether the batch is uneven, if shares of the trace are unknown."""
 ROUNDING = 1e-9
@@ -274,7 +272,7 @@ class _Subset(Accumulator):
         effects = S * (singles + 2 * pairs)
         effects -= (effects @ left / left.sum())[:, None]
         error, degrees = self._scatter(metric, moments, names, effects, left)
-        if error <= ALIKE * self._epsilon * abs(value):  # drawn samples that are alike say nothing about the others
+        if is_rounding(error, value, self._epsilon):  # drawn samples that are alike say nothing about the others
             return PointEstimate(value, math.nan, 0.0)
         return PointEstimate(value, error, degrees)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.methods.base import Ledger
 from ntkbench.methods.base.structured import StructuredUStatistics, widest
-from ntkbench.methods.base.wide import WideHeadMethod
+from ntkbench.methods.base.wide import WideHeadMethod, share
 from ntkbench.metrics import Moments
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class WideHeadUStatistics(WideHeadMethod, StructuredUStatistics):
         return 0
 
     def signs(self, problem: Problem, metric: str) -> int:
-        """0, as the exact moments may leave nothing to estimate."""
-        return 0
+        """Outputs of a sample with the shorter head, T r."""
+        return round(problem.O * share(problem, metric))
 
     def networks(self, prepared: HeadedProblem | TiedProblem, metric: str) -> tuple[Sequence[TracedNetwork], Moments]:
         return prepared.short.networks(metric), prepared.short.known(metric)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from ntkbench.errors import BadInput, Unavailable
 from ntkbench.operators import arrays
@@ -318,11 +319,10 @@ def _pulled_back_by_sample(
 
 
 def _bytes_written(jaxpr: Any) -> int:
-    """Bytes of the outputs of all equations, those of loop bodies once per iteration."""
+    """Bytes of the outputs of all equations, those of loop bodies once per iteration, and those of all branches."""
     total = 0
     for equation in jaxpr.eqns:
-        inner = [getattr(p, "jaxpr", p) for p in equation.params.values() if hasattr(getattr(p, "jaxpr", p), "eqns")]
-        if inner:
+        if inner := list(jaxprs_in_params(equation.params)):
             total += equation.params.get("length", 1) * sum(map(_bytes_written, inner))
         else:
             total += sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)

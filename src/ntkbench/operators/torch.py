@@ -131,7 +131,6 @@ WAYS = {
     "vjp": (REVERSE, PLAIN),
     "row": (PLAIN,),
     "sample_vjp": (REVERSE, PLAIN),
-    "sample_squares": (REVERSE,),
     "jvp": (FORWARD, TWICE, PLAIN),
     "sample_jvp": (FORWARD, TWICE, PLAIN),
 }

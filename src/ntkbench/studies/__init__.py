@@ -7,7 +7,8 @@ holds
 - ``Settings``: a :class:`ntkbench.studies.base.Settings` with the study's sizes, by default those of the paper;
 - ``run(settings) -> pandas.DataFrame``: a tidy table with one row per measurement and no provenance columns, built by
   :func:`ntkbench.studies.base.table` from :func:`ntkbench.studies.base.row`;
-- ``TIMED`` (optional): ``False`` if no column holds seconds, so that the study may run beside others;
+- ``TIMED`` (optional): ``False`` if no column holds seconds, so that the study may run beside others, and resume on
+  another machine;
 - ``PLUGINS`` (optional): modules that it loads by name, such as ``"ntkbench.methods.hutchpp"``; the study runs again if
   their sources change;
 - ``DATA`` (optional): data files, by the value of a setting that selects them; the study runs again if they change.

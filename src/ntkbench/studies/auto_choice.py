@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,6 +37,8 @@ SEEDS = (2, 3, 4)
 """Seeds of timed calls; a method must reach the tolerance with each of them."""
 RIVAL = 4.0
 """A method is timed in turn with the others if its time alone is within this factor of the fastest one's."""
+SLOWER = 1.5
+"""A rival is given up if its time alone exceeds ``limits.patience_s`` and this multiple of the time of ``auto``."""
 
 PROBLEMS = [
     "digits_mlp[N=64]",
@@ -88,10 +91,14 @@ def _prepared(label: str, target: Target) -> tuple[Problem, Callable[[Method], A
 
 def _rows(settings: Settings, label: str, metric: str, rtol: float) -> list[base.Row]:
     task = {"problem": label, "metric": metric, "rtol": rtol}
-    rows = [
-        base.row({**task, "method": name, **_described(name)}, functools.partial(_alone, settings, task, name))
-        for name in _entrants(metric)
-    ]
+
+    def alone(name: str, patience: float) -> base.Row:
+        measure = functools.partial(_alone, settings, task, name, patience)
+        return base.row({**task, "method": name, **_described(name)}, measure)
+
+    auto = alone(AUTO, math.inf)
+    patience = max(settings.limits.patience_s, SLOWER * auto.get("alone_seconds", 0.0))
+    rows = [auto, *(alone(name, patience) for name in _rivals(metric))]
     measured = [row for row in rows if row["status"] == outcomes.OK]
     limit = RIVAL * min((row["alone_seconds"] for row in measured), default=0.0)
     turns = [
@@ -104,8 +111,7 @@ def _rows(settings: Settings, label: str, metric: str, rtol: float) -> list[base
     return rows
 
 
-def _entrants(metric: str) -> Iterator[str]:
-    yield AUTO
+def _rivals(metric: str) -> Iterator[str]:
     for method in map(methods.get, methods.names()):
         stated = method.kind == "exact" or isinstance(method, Incremental)
         if stated and metric in method.metrics and "torch" in method.backends:
@@ -127,8 +133,10 @@ def _estimate(settings: Settings, task: dict[str, Any], name: str, seed: int) ->
     return ladder.estimates(problem, (metric,), settings.target(), options, prepare)[metric]
 
 
-def _alone(settings: Settings, task: dict[str, Any], name: str) -> dict[str, Any]:
+def _alone(settings: Settings, task: dict[str, Any], name: str, patience: float) -> dict[str, Any]:
     """A method's estimates with the timed seeds: the widest interval, and the fastest time after the first call.
+
+    A later call that takes more than ``patience`` seconds is the last one.
 
     Raises:
         Unavailable: it does not apply, takes too long, or misses the tolerance with a seed.
@@ -139,7 +147,7 @@ def _alone(settings: Settings, task: dict[str, Any], name: str) -> dict[str, Any
         raise Unavailable("the network stays untrained")
     if name != AUTO:
         _check(settings, problem, task["metric"], methods.get(name))
-    patience, widths, seconds = settings.limits.patience_s, [], []
+    widths, seconds = [], []
     for seed in SEEDS:
         call = timing.timed(functools.partial(_estimate, settings, task, name, seed), 0)
         widths.append(call.first.relative_width())
@@ -147,8 +155,8 @@ def _alone(settings: Settings, task: dict[str, Any], name: str) -> dict[str, Any
         if name != AUTO and not widths[-1] <= task["rtol"]:
             raise Unavailable(f"reaches {widths[-1]:.2g} with {call.first.passes:g} passes")
         # The first call traces and compiles.
-        if name != AUTO and len(seconds) > 1 and min(seconds[1:]) > patience:
-            raise Unavailable(f"takes {seconds[-1]:.2g} s, over patience_s ({patience:g})")
+        if len(seconds) > 1 and min(seconds[1:]) > patience:
+            raise Unavailable(f"takes {seconds[-1]:.2g} s, more than {patience:.2g} s")
     return {
         **base.sizes(problem),
         "by": call.first.method,

@@ -1,7 +1,8 @@
 """Two computations of the same quantity, timed in turn: a ratio of seconds robust to slowdowns of the machine.
 
 A ratio of seconds measured minutes apart depends on the machine as much as on the methods. Here subject and rival take
-turns, and the ratio is the median over pairs of neighbouring calls. Peak memory is measured in separate processes.
+turns, and the ratio is the median over pairs of neighbouring calls. Peak memory is that of a later call in a process of
+its own.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Comparison(Strict):
         subject: a method or computation.
         calls: calls of each, in place of the study's.
         metric: the metric that methods compute; the norm uses all of Theta.
-        share: share of the rows of J that ``naive_jacobian`` is timed for, as the rival in a trace; its seconds are
-            divided by this share.
+        share: share of the rows of J that ``naive_jacobian`` is timed for, as the rival in a trace: at least one row,
+            and a whole number of them. Its seconds are divided by the share of the rows that are timed.
     """
 
     problem: ProblemLabel
@@ -154,14 +155,15 @@ def _rows(settings: Settings, comparison: Comparison) -> Iterator[base.Row]:
 
         sizes = base.sizes(problems.load(c.problem))
         value, call = first().first, subject()
+        share = 1.0
         rival_call: Callable[[], Any]
         if c.share < 1:
-            rival_call = _some_rows(settings, c.problem, c.share)
+            share, rival_call = _some_rows(settings, c.problem, c.share)
         else:
             rival_call = bare_products(call) if rival == BARE else call_of(rival)
         rival_first = timing.timed(rival_call, 0)
         times, rival_times = timing.in_turn([call, rival_call], c.calls or settings.calls)
-        rival_times = [seconds / c.share for seconds in rival_times]
+        rival_times = [seconds / share for seconds in rival_times]
         alike = rival != BARE and c.share == 1
         peak, rival_peak = memory(), _peak_memory(settings, rival, c.problem, c.metric) if alike else None
         return {
@@ -175,7 +177,7 @@ def _rows(settings: Settings, comparison: Comparison) -> Iterator[base.Row]:
             "memory_bytes": peak,
             "rival_memory_bytes": rival_peak,
             "memory_ratio": peak / rival_peak if peak and rival_peak else None,
-            "share": c.share,
+            "share": share,
             "difference": relative_error(value, rival_first.first) if alike else None,
         }
 
@@ -197,16 +199,23 @@ def _call(settings: Settings, name: str, label: str, metric: str) -> Callable[[]
     return lambda: float(method.estimate(prepared, metric))
 
 
-def _some_rows(settings: Settings, label: str, share: float) -> Callable[[], float]:
-    """A share of the backward passes of a trace by rows of J, evenly spaced among the outputs."""
+def _some_rows(settings: Settings, label: str, share: float) -> tuple[float, Callable[[], float]]:
+    """Some of the backward passes of a trace by rows of J, evenly spaced among the outputs, after their share of all.
+
+    Args:
+        settings, label: where it is computed, and the problem.
+        share: the share to come close to.
+    """
     j = operators.linearise(problems.load(label), "theta_0", settings.target())
     count = max(1, round(share * j.n))
     rows = [j.n * i // count for i in range(count)]
-    return lambda: sum(float(squared_norm(j.row(i))) for i in rows)
+    return count / j.n, lambda: sum(float(squared_norm(j.row(i))) for i in rows)
 
 
 def _peak_memory(settings: Settings, name: str, label: str, metric: str) -> int | None:
-    """Bytes by which one estimate raises the peak memory of a fresh process, after everything is prepared.
+    """Bytes by which an estimate raises the peak memory of a process of its own, after a first one that compiles.
+
+    On a GPU, the peak of all allocations.
 
     Raises:
         NtkbenchError: the estimate failed there, or exceeded the limits.
@@ -234,8 +243,11 @@ def _send_peak_memory(there: Connection, settings: Settings, name: str, label: s
     watchdog.end_with_parent()
     try:
         timing.use_threads(settings.threads)
-        peak = timing.peak_bytes(_call(settings, name, label, metric))
-        backend = "torch" if name in COMPUTATIONS else methods.get(name).backends[0]
-        there.send(operators.device_memory(settings.target(backend)) or peak)
+        call = _call(settings, name, label, metric)
+        call()
+        target = settings.target("torch" if name in COMPUTATIONS else methods.get(name).backends[0])
+        operators.reset_device_memory(target)
+        peak = timing.peak_bytes(call)
+        there.send(operators.device_memory(target) or peak)
     except Exception as error:
         there.send(tuple(outcomes.of_exception(error)))

@@ -28,6 +28,7 @@ from ntkbench.measure import laws, outcomes, timing
 from ntkbench.measure.schema import MetricName, ProblemLabel, Strict
 from ntkbench.measure.seeds import Reruns
 from ntkbench.methods.base import Incremental, Stochastic
+from ntkbench.options import Target
 from ntkbench.problem import Problem
 from ntkbench.problems.base import reference
 from ntkbench.studies import base
@@ -227,11 +228,20 @@ class Entrant:
         """Does not prepare anything yet."""
         self._settings, self._goal, self._truth, self._name = settings, goal, truth, name
         self._patience = goal.patience_s or settings.limits.patience_s
-        self._target = settings.target(backend)
+        self._backend = backend
         self._known = known
         self._prepared = base.Once(lambda: methods.get(name).prepare(truth.problem(), self._target))
         self._called, self._last = False, 0
         self._seeds = itertools.count()  # no two budgets share one, so that their errors are independent
+
+    @property
+    def _target(self) -> Target:
+        """Where it runs.
+
+        Raises:
+            Unavailable: the device is not present.
+        """
+        return self._settings.target(self._backend)
 
     def known(self, row: base.Row) -> Known | None:
         """The starting point of the method's other backends, from the row of :meth:`search`."""

@@ -36,6 +36,9 @@ FACTOR, EXPONENT, SHARE, DIGITS = 2.0, math.sqrt(2), 1.05, 1.01
 The factor for exponents: a reproduced exponent is closer, as a ratio, to the published one than to its half or double.
 """
 
+EQUAL = 0.005
+"""The distance of a ratio from 1 below which a value is called equal to the published one."""
+
 Interval = tuple[float, float, float]
 """A value and the ends of its interval; an end that is ``nan`` is not known."""
 UNKNOWN: Interval = (math.nan, math.nan, math.nan)
@@ -140,8 +143,8 @@ class Claim:
             known = self.addressed and not math.isnan(value)
             return "measured once, so that its interval is not known" if known else ""
         if self.relation == ABOUT:
-            times = labels.rounded(value)
-            times = "equal to the published value" if times == "1" else f"{times} times the published value"
+            times = "equal to" if abs(value - 1) < EQUAL else f"{_not_one(value)} times"
+            times += " the published value"
             part = f"the interval is in part within a factor of {self.within:.3g}"
             return {
                 REPRODUCED: f"within a factor of {self.within:.3g} of the published value",
@@ -248,6 +251,11 @@ def _measured(interval: Sequence[float], unit: str, spread: str, runs: int, of: 
 
 def _number(row: Mapping[str, Any], name: str) -> str:
     return "" if row[name] == "" else labels.rounded(row[name], 3)
+
+
+def _not_one(ratio: float) -> str:
+    """A ratio to two digits; to three if it would read 1."""
+    return labels.rounded(ratio, 3 if labels.rounded(ratio) == "1" else 2)
 
 
 def median(values: Sequence[float], seed: int = 0) -> Interval:

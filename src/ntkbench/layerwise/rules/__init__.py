@@ -153,19 +153,22 @@ class Windows:
 
 
 def _convolution_factors(x: Tensor, g: Tensor, *, windows: Windows, groups: int) -> Products:
-    d = len(windows.kernel)
-    inputs = windows.of(x.squeeze(1))  # [N, in * kernel, S]
-    g = g.squeeze(2).flatten(-d)
-    return Products(inputs.unflatten(1, (groups, -1)), g.unflatten(2, (groups, -1)))
+    inputs = _positions(windows.of(x))  # [N, in * kernel, S]
+    cotangents = _positions(g.flatten(-len(windows.kernel)))  # [N, K, out, S]
+    return Products(inputs.unflatten(1, (groups, -1)), cotangents.unflatten(2, (groups, -1)))
 
 
 def _transposed_factors(x: Tensor, g: Tensor, *, windows: Windows, groups: int) -> Products:
     """Factors of a transposed convolution: windows of the cotangents, single positions of the inputs."""
     d = len(windows.kernel)
-    seen = windows.of(g.squeeze(2))  # [N, K, out * kernel, positions]
     # Output padding may add a window that no input reaches.
-    seen = _cut(seen, g.shape[-d:], windows, x.shape[-d:])
-    return Products(x.squeeze(1).flatten(-d).unflatten(1, (groups, -1)), seen.unflatten(2, (groups, -1)))
+    seen = _positions(_cut(windows.of(g), g.shape[-d:], windows, x.shape[-d:]))  # [N, K, out * kernel, S]
+    return Products(_positions(x.flatten(-d)).unflatten(1, (groups, -1)), seen.unflatten(2, (groups, -1)))
+
+
+def _positions(images: Tensor) -> Tensor:
+    """The positions of all images of a sample: ``[..., images, channels, space]`` to ``[..., channels, S]``."""
+    return images.movedim(-3, -2).flatten(-2)
 
 
 def _cut(seen: Tensor, space: torch.Size, windows: Windows, wanted: torch.Size) -> Tensor:
@@ -190,8 +193,9 @@ def _lookup(node: fx.Node, position: int, entries: Tensor) -> Use | None:
 
 
 def _lookup_factors(numbers: Tensor, g: Tensor, *, padding: int) -> Lookups:
-    g = g.flatten(2, -2).mT  # [N, K, C, S]
-    return Lookups(numbers.flatten(1).masked_fill(numbers.flatten(1) == padding, -1), g)
+    g = g.unsqueeze(2).flatten(2, -2).mT  # [N, K, C, S]
+    rows = numbers.unsqueeze(1).flatten(1)
+    return Lookups(rows.masked_fill(rows == padding, -1), g)
 
 
 Rule = Callable[[fx.Node, int, Tensor], Use | None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -13,8 +12,9 @@ from ntkbench.estimators import deflation, standard_errors
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base.sides import Side, factor
-from ntkbench.methods.base.stochastic import ALIKE, Accumulating
+from ntkbench.methods.base.stochastic import Accumulating
 from ntkbench.operators import Array, JacobianOperator, Rng, arrays
+from ntkbench.problem import Problem
 
 PASSES_PER_COLUMN = 4
 """Two to sketch, G s = A^T A s, and two for G q = A^T A q of the column q that is added to the basis. Half are JVPs."""
@@ -52,6 +52,9 @@ class AdaptiveSketch(Accumulating):
 
     def jvp_share(self, metric: str) -> float:
         return float(self.side == "forward")  # on the reverse side, the sketch accounts for its JVPs itself
+
+    def signs(self, problem: Problem, metric: str) -> int:
+        return problem.n if self.side == "reverse" else problem.P
 
     def accumulator(self, names: Sequence[str], jacobians: Sequence[JacobianOperator], rng: Rng) -> Accumulator:
         (j,) = jacobians
@@ -141,10 +144,8 @@ class GrowingSketch(Accumulator):
         c, crossed = (np.concatenate(parts) for parts in zip(*inside_of, strict=True))
         core = arrays.to_numpy(self.q @ self._image.T, np.float64)
         residual = norms - 2 * (c * crossed).sum(1) + ((c @ core) * c).sum(1)
-        found, dim = _skewed_mean(residual), self._A.dim
-        if found.standard_error == 0 and dim > 1 and len(self.q) < dim and len(residual) <= ALIKE:
-            found = found._replace(standard_error=math.nan)
-        return deflation.add(inside, found)
+        left = deflation.left_outside(len(self.q), self._A.dim)
+        return deflation.with_residual(inside, _skewed_mean(residual), len(residual), left, self._j.epsilon)
 
     def _coordinates(self, g: Array) -> tuple[np.ndarray, np.ndarray]:
         """g^T Q and g^T G Q."""

@@ -36,7 +36,7 @@ import numpy as np
 from ntkbench import metrics, operations
 from ntkbench.errors import Unsupported, summary
 from ntkbench.methods.base.gram import Gram, moments_of_grams
-from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem, blocks_of
+from ntkbench.methods.base.layerwise import Blocks, TracedNetwork, TracedProblem, over_blocks
 from ntkbench.metrics import Moments
 from ntkbench.operators import arrays, certificate, torch_network
 from ntkbench.options import Target
@@ -287,6 +287,7 @@ class HeadedProblem:
     """A problem on the device, with its networks split in front of their heads.
 
     Attributes:
+        problem, target: the problem, and how it is computed.
         short: the networks with heads of fewer outputs that estimators run on.
 
     Raises:
@@ -295,7 +296,7 @@ class HeadedProblem:
     """
 
     def __init__(self, problem: Problem, target: Target) -> None:
-        self._problem, self._target = problem, target
+        self.problem, self.target = problem, target
         self._ends: dict[str, HeadedNetwork] = {"theta_0": HeadedNetwork(problem, "theta_0", target)}
         self._between: TracedNetwork | None = None
         self._certified: dict[str, float] = {}
@@ -310,9 +311,9 @@ class HeadedProblem:
         names = metrics.parameter_sets(metric)
         for name in names:
             if name not in self._ends:
-                own = self._problem.end(name)[0] is self._problem
+                own = self.problem.end(name)[0] is self.problem
                 layer = self._ends["theta_0"].layer if own else None
-                self._ends[name] = HeadedNetwork(self._problem, name, self._target, layer)
+                self._ends[name] = HeadedNetwork(self.problem, name, self.target, layer)
         found = [self._ends[name] for name in names]
         if len({(end.T, end.d, end.V) for end in found}) > 1:
             raise Unsupported("the two networks have heads of different sizes")
@@ -354,12 +355,17 @@ class HeadedProblem:
             return Moments(trace=float(own) + end.V * end.G.trace())
         grams = [end.G for end in ends]
         of_head = moments_of_grams(*grams).times(ends[0].V)
-        sums = _Sums(grams, ends[0].T, ends[0].d)
-        for left, right, parts in blocks_of(self.networks(metric)):
-            if left == right:
-                for part in parts:
-                    mirror(part, TILE)
-            sums.add(left, right, parts)
+
+        def summed(blocks: Blocks) -> _Sums:
+            sums = _Sums(grams, ends[0].T, ends[0].d)
+            for left, right, parts in blocks:
+                if left == right:
+                    for part in parts:
+                        mirror(part, TILE)
+                sums.add(left, right, parts)
+            return sums
+
+        sums = over_blocks(self.networks(metric), summed)
         trace = sums.trace + of_head.trace
         square = sums.squares[0] + of_head.square + 2 * sums.crossed[0, 0]
         if metric != "alignment":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from ntkbench.layerwise.blocks import Block
     from ntkbench.layerwise.kernel import LayerwiseKernel
+
+T = TypeVar("T")
 
 
 class Layerwise(Method):
@@ -144,7 +146,7 @@ class TracedProblem:
     """A problem on the device, its network traced.
 
     Attributes:
-        problem: the problem.
+        problem, target: the problem, and how it is computed.
         engine: computes kernels of the network at theta_0.
         x: inputs on the device.
 
@@ -154,7 +156,7 @@ class TracedProblem:
     """
 
     def __init__(self, problem: Problem, target: Target) -> None:
-        self.problem, self._target = problem, target
+        self.problem, self.target = problem, target
         self._ends: dict[str, TracedNetwork] = {}
         (first,) = self.ends("trace")
         self.engine, self.x = first.engine, first.x
@@ -174,15 +176,15 @@ class TracedProblem:
     def _traced(self, name: str) -> TracedNetwork:
         from ntkbench.layerwise import reuse
 
-        module, weights, x = torch_network(self.problem, name, self._target)
+        module, weights, x = torch_network(self.problem, name, self.target)
         if self._ends and not _two_networks(self.problem):
             return TracedNetwork(self.engine, list(weights.values()), self.x)
-        return TracedNetwork(reuse.traced(module, weights, x, self._target.memory), list(weights.values()), x)
+        return TracedNetwork(reuse.traced(module, weights, x, self.target.memory), list(weights.values()), x)
 
     @functools.cached_property
     def change(self) -> np.ndarray:
         """Change of the outputs by training ``[N, O]``, in float64 on the host."""
-        return change_by_training(self.problem, self._target.device)
+        return change_by_training(self.problem, self.target.device)
 
     def certify_again(self) -> None:
         """Compare the next kernels with plain autograd, even after an earlier comparison."""
@@ -195,12 +197,29 @@ def _two_networks(problem: Problem) -> bool:
     return problem.other is not None or bool(problem.fixed_f)
 
 
-def blocks_of(networks: Sequence[TracedNetwork]) -> Iterator[tuple[Block, Block, list[Tensor]]]:
-    """The kernels of networks of equal size, in the same blocks; see :meth:`LayerwiseKernel.blocks`.
+Blocks = Iterator[tuple["Block", "Block", "list[Tensor]"]]
+"""The rows and the columns of each block of some kernels, and its entries in each of them."""
+
+
+def over_blocks(networks: Sequence[TracedNetwork], take: Callable[[Blocks], T]) -> T:
+    """``take`` of the kernels of networks of equal size, in the same blocks; see :meth:`LayerwiseKernel.blocks`.
+
+    ``take`` is called again if the trace of another network fails; see :meth:`LayerwiseKernel.certain`.
 
     Raises:
         BadInput: the blocks that fit in memory differ between the networks.
     """
+
+    def once() -> T:
+        return take(_blocks_of(networks))
+
+    call: Callable[[], T] = once
+    for network in networks:
+        call = functools.partial(network.engine.certain, call)
+    return call()
+
+
+def _blocks_of(networks: Sequence[TracedNetwork]) -> Blocks:
     each = (network.engine.blocks([network.parameters], network.x) for network in networks)
     for found in zip(*each, strict=True):
         left, right, _ = found[0]

@@ -26,6 +26,8 @@ from ntkbench.problem import Problem
 
 TABLES = 6
 """Tables of all pairs of replicates that are held for each moment."""
+SEEN = 0.5
+"""Share of the replicates with a nonzero feature below which masked features have an unknown error."""
 
 
 class Projected(Stochastic):
@@ -70,6 +72,10 @@ class Projected(Stochastic):
     def parts(self, k: int) -> int:
         """R for k features of a row."""
 
+    def masks(self, prepared: Any, k: int) -> bool:
+        """Whether each replicate leaves out some parameters for k features of a row."""
+        return False
+
     def passes_per_probe(self, metric: str) -> int:
         return len(metrics.parameter_sets(metric))
 
@@ -83,14 +89,24 @@ class Projected(Stochastic):
         return len(metrics.parameter_sets(metric)) * problem.n * k * (target.itemsize + 8) + TABLES * 8 * tables
 
     def spend(self, prepared: Any, metric: str, passes: int, seed: int) -> Estimate:
-        features, ledger = self.features(prepared, metric, self.probes(metric, passes), seed)
+        k = self.probes(metric, passes)
+        features, ledger = self.features(prepared, metric, k, seed)
+        missed = self.masks(prepared, k) and min(float(each.any((1, 2)).mean()) for each in features) < SEEN
         try:
             point, complement = estimated(metric, features)
         except Undefined:
+            if missed:
+                shown = "most features are zero, and the parameters kept are too few to show that Theta is zero"
+                raise Undefined(f"the {metric} cannot be estimated: {shown}") from None
             check_enough((metric,), len(features[0]))
             raise
-        value, error, degrees = self.with_unknown_error(prepared, metric, len(features[0]), point, complement)
+        value, error, degrees = self.with_unknown_error(
+            prepared, metric, point, lambda: len(features[0]) - 1, complement
+        )
         spent, remarks, found = ledger()
+        if missed:
+            error, degrees = math.nan, 0.0
+            remarks = (*remarks, "most masks keep no parameter with a gradient: the error is unknown")
         bound = self.rounding(prepared, metric, found)
         return Estimate(value, error, spent, self.name, remarks, metric, degrees, found, complement, bound)
 
@@ -154,6 +170,10 @@ class HashedRows(ProjectedRows):
 
     def parts(self, k: int) -> int:
         return self.nonzeros
+
+    def masks(self, prepared: PreparedProblem, k: int) -> bool:
+        P = prepared.problem.P
+        return self._of_all(P, k // self.nonzeros) < P
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
         """The features, the signs, and the indices of the kept parameters, which are drawn from all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
@@ -16,7 +17,7 @@ from ntkbench import metrics, progress_bar
 from ntkbench.errors import BadInput, NtkbenchError, Undefined
 from ntkbench.estimate import Estimate, rounding_note
 from ntkbench.estimators.accumulators import Accumulator
-from ntkbench.estimators.standard_errors import PointEstimate
+from ntkbench.estimators.standard_errors import ALIKE, PointEstimate, is_rounding
 from ntkbench.methods.base.method import Method, PreparedProblem, certificate, notes, rounding
 from ntkbench.operators import JacobianOperator, Rng
 from ntkbench.options import Target
@@ -105,9 +106,14 @@ class Stochastic(Method):
         return 0
 
     def with_unknown_error(
-        self, prepared: Any, metric: str, probes: int, point: PointEstimate, complement: float | None = None
+        self,
+        prepared: Any,
+        metric: str,
+        point: PointEstimate,
+        pairs: Callable[[], float],
+        complement: float | None = None,
     ) -> PointEstimate:
-        """The estimate, with an unknown error if an error of 0 may be due to chance; see :data:`ALIKE`.
+        """The estimate, with an unknown error if this is rounding and may be due to chance; see :data:`ALIKE`.
 
         An error of 0 is exact with a single sign, on which squares do not depend, and for ratios that are always 1:
         those of a kernel of rank one, or of two equal networks.
@@ -115,21 +121,25 @@ class Stochastic(Method):
         Args:
             prepared: the result of :meth:`prepare`.
             metric: the metric.
-            probes: number of independent probes.
             point: the estimate.
+            pairs: returns the effective number of pairs of independent probes.
             complement: 1 - alignment, if it is available.
         """
         problem = getattr(prepared, "problem", None)
-        if point.standard_error != 0 or problem is None or self.signs(problem, metric) < 2:
+        if problem is None:
             return point
-        pairs = (probes - 1) * max(1, self.strata(problem, metric))
-        if pairs >= ALIKE:
+        size, epsilon = abs(point.value), float(np.finfo(prepared.target.dtype).eps)
+        if metric == "alignment" and complement is not None and not is_rounding(complement, 1.0, epsilon):
+            size = min(size, complement)
+        if not is_rounding(point.standard_error, size, epsilon) or self.signs(problem, metric) < 2:
+            return point
+        if (agree := pairs()) >= ALIKE:
             return point
         if metric in ("alignment", "effective_rank") and min(problem.n, problem.P) == 1:
             return point
-        if metric == "alignment" and complement == 0 and _does_not_differ(problem):
+        if metric == "alignment" and _does_not_differ(problem):
             return point
-        return PointEstimate(point.value, math.nan, min(point.degrees, pairs))
+        return PointEstimate(point.value, math.nan, min(point.degrees, agree))
 
     def unsupported_reason(
         self, problem: Problem, metric: str, target: Target, passes: int | None = None
@@ -152,28 +162,22 @@ def _takes(metric: str, least: int) -> str:
 
 
 def _does_not_differ(problem: Problem) -> bool:
-    """Whether the two networks of an alignment have the same parameters."""
-    start, end = problem.theta_0, problem.theta_f
-    if problem.other is not None or end is None:
+    """Whether the two networks of an alignment have the same parameters and buffers."""
+    if problem.other is not None or problem.theta_f is None:
         return False
-    return all(np.array_equal(start[name], end[name]) for name in start)
+    start, end = {**problem.fixed_0, **problem.theta_0}, {**problem.fixed_f, **problem.theta_f}
+    return start.keys() == end.keys() and all(np.array_equal(start[name], end[name]) for name in start)
 
 
 def check_enough(names: Sequence[str], probes: int) -> None:
-    """Check that probes whose images are all zero are enough to show that Theta is zero."""
+    """Check that probes whose products are all zero are enough to show that Theta is zero."""
     if probes <= ALIKE:
-        shown = f"the images of all probes are zero, and {probes} are too few to show that Theta is zero"
+        shown = f"all products of {probes} probes are zero, and these are too few to show that Theta is zero"
         raise Undefined(f"the {' and '.join(names)} cannot be estimated: {shown}")
 
 
 ROUNDING = 1e-9
 """Rounding error allowed for in a number of passes."""
-ALIKE = 12
-"""Smallest number of pairs of independent parts whose equality up to sign is not a coincidence.
-
-With two signs, a square takes only two values, so K probes agree with probability 2^(1 - K). A standard error of 0 from
-fewer pairs counts as unknown.
-"""
 
 
 class FixedBudget(Stochastic):
@@ -376,8 +380,9 @@ class Incremental(Stochastic):
                 batch = min(most, max(ALIKE + 1, drawn + fewest)) - drawn
                 continue
             complement = accumulator.complement() if "alignment" in names else None
+            pairs = functools.partial(accumulator.pairs, drawn)
             points = {
-                name: self.with_unknown_error(prepared, name, drawn, point, complement)
+                name: self.with_unknown_error(prepared, name, point, pairs, complement)
                 for name, point in points.items()
             }
             spent, remarks, certified = ledger()
@@ -575,7 +580,12 @@ class Accumulating(Incremental):
     def begin(self, prepared: PreparedProblem, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
         jacobians = prepared.jacobians("alignment" if "alignment" in names else names[0])
         accumulator = self.accumulator(names, jacobians, jacobians[0].rng(seed))
-        return accumulator, lambda: (sum(j.passes for j in jacobians), notes(jacobians), certificate(jacobians))
+
+        def ledger() -> tuple[float, tuple[str, ...], float | None]:
+            spent = sum(j.passes for j in jacobians)
+            return spent, (*notes(jacobians), *accumulator.notes), certificate(jacobians)
+
+        return accumulator, ledger
 
     def rounding(self, prepared: PreparedProblem, names: Sequence[str], metric: str, certified: float | None) -> float:
         return rounding(prepared.jacobians(metric), metric, certified)

@@ -13,10 +13,11 @@ import numpy as np
 
 from ntkbench import metrics, operations
 from ntkbench.errors import OverMemory
-from ntkbench.estimators import standard_errors, strata
+from ntkbench.estimators import strata
 from ntkbench.estimators.accumulators import (
     Accumulator,
     PairBytes,
+    StratifiedTrace,
     complement,
     delta_method,
     least_probes,
@@ -120,6 +121,18 @@ def widest(names: Sequence[str]) -> str:
     return "trace" if set(names) == {"trace"} else "norm"
 
 
+def _split(probes: int, most: int) -> list[int]:
+    """Sizes of even groups of at most ``most`` probes, the largest first; too few probes for a group are left out.
+
+    A group has at least four probes, or two if there are fewer, or if ``most`` is smaller than four.
+    """
+    count = -(-probes // most)
+    if count > 1 and probes // count < (4 if most >= 4 else 2):
+        count -= 1
+        probes = count * most
+    return [probes // count + (i < probes % count) for i in range(count)]
+
+
 class GroupedUStatistics(Accumulator):
     """U-statistics within groups of probes, with some samples treated exactly.
 
@@ -154,26 +167,38 @@ class GroupedUStatistics(Accumulator):
         self._most = max(2, self._bytes.most_probes(memory, wanted))  # probes in a group
         self._max_gradients = max_gradients if self._most == wanted else self._most * self._N
         self._rng = TorchRng(seed, ends[0].parameters[0].dtype, ends[0].x.device)
-        self._traces: list[np.ndarray] = []
+        self._first = 0  # probes in the first piece of a trace
+        self._trace = self._of_trace() if self._names == ("trace",) else None
         self._groups: list[tuple[int, MomentEstimates]] = []
         self._shares: np.ndarray | None = None
         self._choice = Choice()
         self._unspent = 0.0
 
+    def _of_trace(self) -> StratifiedTrace:
+        """The trace alone."""
+        end = self._ends[0]
+
+        def draw(k: int) -> Tensor:
+            return end.engine.diagonal(end.parameters, end.x, self._directions(k)).T
+
+        return StratifiedTrace(
+            draw, self._pieces, "the estimated part of the trace" if any(self._known) else "the trace"
+        )
+
     @property
     def notes(self) -> tuple[str, ...]:
-        return replace(self._choice, of=self._of).notes("sample")
+        return replace(self._choice, of=self._of).notes("sample") if self._trace is None else self._trace.notes
 
     @property
     def uneven(self) -> bool:
-        return self._choice.uneven and not self._choice
+        return self._choice.uneven and not self._choice if self._trace is None else self._trace.uneven
+
+    def pairs(self, probes: int) -> float:
+        return self._moments().pairs if self._trace is None else self._trace.pairs(probes)
 
     def extend(self, probes: int) -> None:
-        if self._names == ("trace",):
-            end = self._ends[0]
-            for k in self._pieces(probes):
-                traces = end.engine.diagonal(end.parameters, end.x, self._directions(k))
-                self._traces.append(arrays.to_numpy(traces.T, np.float64))
+        if self._trace is not None:
+            self._trace.extend(probes)
             return
         passes: float = probes
         if self._choice:
@@ -189,22 +214,22 @@ class GroupedUStatistics(Accumulator):
     def _pieces(self, probes: int) -> list[int]:
         """Sizes in which probes are drawn; few distinct ones, because the network is traced anew for each size."""
         size = probes
-        if self._traces:
-            first = len(self._traces[0])
-            size = first * 2 ** max(0, math.ceil(math.log2(probes / (PIECES * first))))
+        if self._first:
+            size = self._first * 2 ** max(0, math.ceil(math.log2(probes / (PIECES * self._first))))
         signs = 4 * self._N * self._O * self._bytes.itemsize  # of a probe, with intermediate copies
         size = min(size, max(1, self._ends[0].engine.memory // signs))
+        self._first = self._first or size
         whole, rest = divmod(probes, size)
         return [size] * whole + [rest] * bool(rest)
 
     def estimate(self, metric: str) -> PointEstimate:
-        if self._names == ("trace",):
-            found = standard_errors.stratified_mean(np.concatenate(self._traces))
+        if self._trace is not None:
+            found = self._trace.estimate(metric)
             return found._replace(value=found.value + self._known[0])
         return delta_method(metric, self._names, self._moments(), single=self._O == 1, uneven=self.uneven)
 
     def complement(self) -> float | None:
-        if self._names == ("trace",):
+        if self._trace is not None:
             return None
         return complement(dict(zip(self._names, self._moments().means.tolist(), strict=True)))
 
@@ -298,18 +323,14 @@ class GroupedUStatistics(Accumulator):
         """
         if probes < 2:
             return []
-        size = -(-probes // -(-probes // self._most))
+        size = _split(probes, self._most)[0]
         cost = self._cost(size)
         while cost > probes:
             if size == 2:
                 return []
             size = max(4, size // 2) if size > 4 else size - 1
             cost = self._cost(size)
-        if cost > size:
-            return [size] * int(probes / cost)
-        count = min(-(-probes // size), probes // 2)
-        probes = min(probes, count * size)
-        return [probes // count + (i < probes % count) for i in range(count)]
+        return [size] * int(probes / cost) if cost > size else _split(probes, size)
 
     def _sizes_beside(self, exact: int, passes: float) -> list[int]:
         """Sizes of groups beside a number of exact samples, within the passes; none if these are too few."""

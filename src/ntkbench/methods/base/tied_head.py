@@ -41,7 +41,7 @@ from ntkbench.layerwise.layers import Layer
 from ntkbench.layerwise.rules import Use
 from ntkbench.layerwise.trace import aten
 from ntkbench.methods.base.gram import Gram, moments_of_grams
-from ntkbench.methods.base.layerwise import TracedNetwork, TracedProblem, blocks_of
+from ntkbench.methods.base.layerwise import Blocks, TracedNetwork, TracedProblem, over_blocks
 from ntkbench.metrics import Moments
 from ntkbench.modules import copied, load
 from ntkbench.operators import arrays, certificate, torch_network
@@ -322,13 +322,16 @@ PRODUCTS = (aten.mm.default, aten.addmm.default)
 class TiedProblem:
     """A problem on the device, with networks of shorter vocabularies.
 
+    Attributes:
+        problem, target: the problem, and how it is computed.
+
     Raises:
         Unsupported: no embedding is the head of the network; see :class:`Whole` and :class:`TiedNetwork`.
         Unavailable: the device is not present.
     """
 
     def __init__(self, problem: Problem, target: Target) -> None:
-        self._problem, self._target = problem, target
+        self.problem, self.target = problem, target
         self._wholes: dict[str, Whole] = {}
         self._ends: dict[tuple[str, ...], list[TiedNetwork]] = {}
         self._certified: dict[tuple[str, ...], float] = {}
@@ -356,7 +359,7 @@ class TiedProblem:
                 raise Unsupported("the two networks have heads of different sizes")
             tokens = torch.cat([whole.tokens for whole in wholes]).unique()
             basis = Basis.of(tokens, [whole.W for whole in wholes])
-            self._ends[names] = [TiedNetwork(whole, basis, self._target) for whole in wholes]
+            self._ends[names] = [TiedNetwork(whole, basis, self.target) for whole in wholes]
         return self._ends[names]
 
     def networks(self, metric: str) -> list[TracedNetwork]:
@@ -395,17 +398,19 @@ class TiedProblem:
             (inner,) = self.networks(metric)
             own = inner.engine.diagonal(inner.parameters, inner.x).double().sum()
             return Moments(trace=float(own) + outside.trace)
-        lower = (
-            (left == right, [part.flatten(0, 1).flatten(1) for part in parts])
-            for left, right, parts in blocks_of(self.networks(metric))
-        )
-        return metrics.from_blocks_of_theta(lower).plus(outside)
+
+        def summed(blocks: Blocks) -> Moments:
+            return metrics.from_blocks_of_theta(
+                (left == right, [part.flatten(0, 1).flatten(1) for part in parts]) for left, right, parts in blocks
+            )
+
+        return over_blocks(self.networks(metric), summed).plus(outside)
 
     def _whole(self, which: str) -> Whole:
         if which not in self._wholes:
-            owner, _ = self._problem.end(which)
-            names = [self._table] if owner is self._problem else tables(owner)
+            owner, _ = self.problem.end(which)
+            names = [self._table] if owner is self.problem else tables(owner)
             if not names:
                 raise Unsupported("the other network has no embedding with as many tokens as it has outputs")
-            self._wholes[which] = Whole(self._problem, which, self._target, names[0])
+            self._wholes[which] = Whole(self.problem, which, self.target, names[0])
         return self._wholes[which]

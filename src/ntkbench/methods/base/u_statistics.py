@@ -28,7 +28,6 @@ from ntkbench.estimators.accumulators import (
 )
 from ntkbench.estimators.standard_errors import MomentEstimates, PointEstimate
 from ntkbench.estimators.strata import Choice
-from ntkbench.methods.base.method import PreparedProblem
 from ntkbench.methods.base.sides import Side, factor
 from ntkbench.methods.base.stochastic import Accumulating, Ledger
 from ntkbench.operators import Array, JacobianOperator, Rng, arrays
@@ -329,10 +328,6 @@ class StratifiedUStatistics(Accumulating):
         most = j.memory // (ROWS * len(jacobians) * j.O * dim * j.itemsize)
         return OutliersApart(j.N, j.O, made, shares, rows, min(j.N // 2, most))
 
-    def begin(self, prepared: PreparedProblem, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
-        accumulator, ledger = super().begin(prepared, names, seed)
-        return accumulator, with_notes(ledger, accumulator)
-
 
 ROWS = 8
 """Smallest ratio of the memory to the rows of the exact samples."""
@@ -406,6 +401,9 @@ class OutliersApart(Accumulator):
         self._drawn += int(passes)
         self._left = passes - int(passes)
         self._inner.extend(int(passes))
+
+    def pairs(self, probes: int) -> float:
+        return self._inner.pairs(probes)
 
     @property
     def recompute_factor(self) -> float:

@@ -49,8 +49,9 @@ def as_module(model: nn.Module, inputs: Any, call: Call | None = None, output: A
         model: any module; it is not copied here.
         inputs: a tensor; a tuple, list, dict, other mapping or registered pytree of tensors that share their first
             axis, the samples; or a ``DataLoader``, whose batches are joined on the host. A ``DataLoader`` that shuffles
-            is read in the order of its dataset. 0-dimensional tensors and objects that are not tensors are constants.
-            Mappings that are not registered as pytrees are passed on as dicts whose items are also attributes.
+            is read in the order of its dataset, unless its class has an ``__iter__`` of its own. 0-dimensional tensors
+            and objects that are not tensors are constants. Mappings that are not registered as pytrees are passed on as
+            dicts whose items are also attributes.
         call: ``(model, inputs) -> outputs``. It must use the model that it is passed, which is a copy. By default
             ``model(*inputs)`` for a tuple or list, ``model(**inputs)`` for a mapping, else ``model(inputs)``.
         output: which of the outputs ``[N, ...]`` count: an index into the axes after the first, as in ``output=3`` for
@@ -83,11 +84,16 @@ def as_module(model: nn.Module, inputs: Any, call: Call | None = None, output: A
     return Calling(model, call, output, leaves, Structure(spec), given), torch.arange(len(next(iter(rows.values()))))
 
 
-def alike(module: nn.Module, model: nn.Module) -> nn.Module:
-    """Another model with the calling convention and the inputs of ``module``, which is from :func:`as_module`."""
-    if not isinstance(module, Calling) or not isinstance(model, nn.Module):
+def alike(module: nn.Module, model: nn.Module, copy: nn.Module | None = None) -> nn.Module:
+    """Another model with the calling convention and the inputs of ``module``, which is from :func:`as_module`.
+
+    Modules given as ``call`` or ``output`` are those of ``module`` itself, with their present values. Inputs are those
+    of ``copy``, a copy of ``module``, if it is given: the caller may have written to its own.
+    """
+    if not isinstance(module, Calling) or not isinstance(model, nn.Module) or isinstance(model, Calling):
         return model
-    return Calling(unwrapped(model), module.call, module.output, module.leaves, module.structure, module.given)
+    leaves = copy.leaves if isinstance(copy, Calling) else module.leaves
+    return Calling(unwrapped(model), module.call, module.output, leaves, module.structure, module.given)
 
 
 def with_more(module: nn.Module, x1: Tensor, inputs: Any) -> tuple[nn.Module, Tensor, Tensor]:
@@ -208,9 +214,10 @@ def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
 
 def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     """The loader itself; for one that shuffles, a loader of the same samples in the order of the dataset."""
-    sampler = loader.sampler
+    sampler, own = loader.sampler, type(loader)
     every = type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
-    if not every or type(loader.batch_sampler) is not BatchSampler:
+    plain = own.__iter__ is DataLoader.__iter__ and own._get_iterator is DataLoader._get_iterator
+    if not every or type(loader.batch_sampler) is not BatchSampler or not plain:
         return loader
     return DataLoader(
         loader.dataset,

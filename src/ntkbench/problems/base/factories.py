@@ -17,6 +17,7 @@ from ntkbench.modules import values
 from ntkbench.problem import hashed
 from ntkbench.problems.base import Definition
 from ntkbench.problems.base.calls import as_module
+from ntkbench.problems.base.sequences import wrapped
 
 PACKAGE = Path(__file__).parents[2]
 INSTALLED = {"site-packages", "dist-packages"}
@@ -70,11 +71,12 @@ def describe(factory: str, folder: str, output: str) -> None:
 
 
 def _made(factory: str, folder: str) -> tuple[Definition, str]:
-    """The problem of a factory, and a hash of all its tensors."""
+    """The problem of a factory, checked as those of :class:`ntkbench.Kernel`, and a hash of all its tensors."""
     made = make(factory, folder)
-    module, x = as_module(made.model, made.inputs, made.call)
-    inputs = x.detach().cpu().numpy()
-    return Definition(module, inputs, None), hashed({**values(module), "the inputs": inputs})
+    p = wrapped(*as_module(made.model, made.inputs, made.call))
+    network = p.network.cpu()  # measurements choose the device
+    found = Definition(network, p.x, None, samples_interact=p.samples_interact)
+    return found, hashed({**values(network), "the inputs": p.x})
 
 
 def _file(module: Any) -> Path | None:

@@ -37,8 +37,9 @@ def from_function(
     """Wrap a JAX function, its inputs and its parameters as a :class:`ntkbench.problem.Problem`.
 
     theta is every leaf of ``params`` that is an array of real numbers. Other leaves (arrays of integers or booleans,
-    functions, strings, Python integers) are part of the function; ``f`` must close over any other constants. Values are
-    copied. The problem has no torch network: its targets are ``Target("jax", ...)``.
+    functions, strings, Python integers) are part of the function; ``f`` must close over any other constants, such as
+    the running statistics among the variables of a Flax module. Values are copied. The problem has no torch network:
+    its targets are ``Target("jax", ...)``.
 
     Whether samples interact is measured as in :func:`ntkbench.problems.base.module.from_module`.
 
@@ -151,6 +152,35 @@ def at(problem: Problem, params: Any) -> Problem:
         fixed_f={},
         other=None,
     )
+
+
+def takes_array(problem: Problem, shape: tuple[int, ...]) -> bool:
+    """Whether the parameters of a problem from :func:`from_function` are one array, of this shape."""
+    import jax
+
+    forward = problem.jax_forward
+    assert isinstance(forward, FlatFunction)
+    (first, *_) = problem.theta_0.values()
+    return forward.params.structure == jax.tree.structure(0) and first.shape == shape
+
+
+def check_collections(problem: Problem, params: Any) -> None:
+    """Refuse the variables of a Flax module if some of them, such as running statistics, are not trained.
+
+    Args:
+        problem: what :func:`from_function` made of them.
+        params: the variables.
+
+    Raises:
+        BadInput: there are arrays of real numbers under ``"params"`` and under other keys.
+    """
+    keys = list(map(str, params)) if isinstance(params, Mapping) else []
+    held = [key for key in keys if any(name == key or name.startswith(f"{key}.") for name in problem.theta_0)]
+    if "params" in held and len(held) > 1:
+        raise BadInput(
+            f"params holds the collections {', '.join(held)}: give parameters='params' for the trained parameters "
+            "alone, or parameters='*' for all of them"
+        )
 
 
 @dataclass(frozen=True)
@@ -272,15 +302,15 @@ class FlatFunction:
         return self._f(self.params.filled(weights), self.inputs.unpacked(x))
 
 
-def _named_leaves(tree: Any, role: str) -> tuple[Any, dict[str, Any]]:
-    """A pytree's structure, and its leaves by their paths, such as ``layers.0.w``."""
+def _named_leaves(tree: Any, role: str, alone: str) -> tuple[Any, dict[str, Any]]:
+    """A pytree's structure, and its leaves by their paths, such as ``layers.0.w``; one without a path is ``alone``."""
     import jax
 
     try:
         leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     except Exception as error:  # unsortable keys, or a container's own code, raise anything
         raise BadInput(f"{role} is not a pytree that JAX can flatten: {summary(error)}") from error
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") or role for path, _ in leaves]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") or alone for path, _ in leaves]
     if len(set(names)) < len(names):  # a key with a dot in it
         names = [f"{i}: {name}" for i, name in enumerate(names)]
     return structure, dict(zip(names, (leaf for _, leaf in leaves), strict=True))
@@ -292,7 +322,7 @@ def _parameters(params: Any, role: str) -> tuple[Tree, Arrays, Arrays]:
     Raises:
         BadInput: it is not clear whether, or how, to differentiate by a leaf.
     """
-    structure, leaves = _named_leaves(params, role)
+    structure, leaves = _named_leaves(params, role, "params")
     theta: Arrays = {}
     fixed: Arrays = {}
     static: list[tuple[str, Any]] = []
@@ -328,7 +358,7 @@ def _inputs(x: Any, role: str) -> tuple[Inputs, Arrays]:
     Raises:
         BadInput: they are not arrays with samples along their first axis.
     """
-    structure, leaves = _named_leaves(x, role)
+    structure, leaves = _named_leaves(x, role, role)
     arrays: Arrays = {}
     for name, leaf in leaves.items():
         if not _is_array(leaf, role, name) or _is_key(leaf):

@@ -9,7 +9,7 @@ import inspect
 import itertools
 import pickle
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,13 @@ from torch.utils._pytree import tree_leaves
 
 from ntkbench.ambient import own_settings
 from ntkbench.errors import BadInput, OverMemory, summary, unknown
-from ntkbench.layerwise.layers import owner
+from ntkbench.layerwise.layers import of_last_module
 from ntkbench.modules import cast, copied, frozen, load
 from ntkbench.operators.arrays import to_numpy
 from ntkbench.operators.plain import PlainNetwork, flat, leaves
 from ntkbench.options import DTYPES
 from ntkbench.problem import PROBED, Problem
+from ntkbench.problems.base import captured
 from ntkbench.problems.base.adapter import Calling, own_name
 
 TOGETHER, ALONE = 64, 8
@@ -52,7 +53,7 @@ WRAP = (
 
 
 class OtherTheta(BadInput):
-    """A network of the same kind in which fewer parameters are trainable."""
+    """A network of the same kind in which other parameters are trainable."""
 
 
 def from_module(
@@ -76,10 +77,10 @@ def from_module(
     layers before it. Train-mode BatchNorm counts as interacting, and so does a network that does not accept a single
     sample.
 
-    Cost: three forward and two backward passes over 64 samples, two backward passes over 8 samples alone, and a forward
+    Cost: four forward and two backward passes over 64 samples, two backward passes over 8 samples alone, and a forward
     pass over all samples, 64 at a time. If samples interact, or the network accepts no other number of them, forward
     passes are over all samples at once. For ``model_f`` see :func:`at`. A network that draws random numbers in eval
-    mode takes eight forward passes instead of two.
+    mode takes ten forward passes instead of four.
 
     >>> import torch, ntkbench
     >>> problem = ntkbench.from_module(torch.nn.Linear(3, 2), torch.ones(4, 3))
@@ -98,9 +99,9 @@ def from_module(
         The problem, with copies of the network, its weights and its inputs on the CPU.
 
     Raises:
-        BadInput: the model has no trainable parameters, is random or keeps a state from call to call; its outputs are
-            not N rows of finite real numbers that depend on its parameters; or ``model_f`` differs from it in more than
-            values.
+        BadInput: the model has no trainable parameters, is random or keeps a state from call to call; one of its hooks
+            uses the model in place of its arguments; its outputs are not N rows of finite real numbers that depend on
+            its parameters; or ``model_f`` differs from it in more than values.
     """
     _check_inputs(x)
     dtype = _dtype(model, dtype)
@@ -124,7 +125,7 @@ def from_module(
 def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "the other network") -> Problem:
     """The same network and inputs at other weights; theta_f is dropped.
 
-    Cost: for a network, three forward passes (over 64 samples if samples do not interact) and one over all samples if
+    Cost: for a network, four forward passes (over 64 samples if samples do not interact) and one over all samples if
     there are more; none for values by name.
 
     Args:
@@ -134,8 +135,8 @@ def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "th
         role: name of the network in messages.
 
     Raises:
-        BadInput: a name or a shape does not match, or values are not finite; or the network does not compute the same
-            as the problem's network with the same values.
+        BadInput: a name or a shape does not match, or values are not finite; other parameters are trainable; or the
+            network does not compute the same as the problem's network with the same values.
     """
     if isinstance(weights, nn.Module):
         values = _values_of_same(problem, weights, role)
@@ -182,9 +183,11 @@ def _values_of_same(problem: Problem, model: nn.Module, role: str) -> dict[str, 
     net = _snapshot(model, role, str(next(iter(problem.theta_0.values())).dtype))
     values = _values(net)
     _check_same(_values(problem.network), values)
-    if frozen := problem.theta_0.keys() - _trainable(net).keys():
+    theta, own, first = problem.theta_0.keys(), _trainable(net).keys(), _trainable(problem.network).keys()
+    if others := theta - own or (own - first if theta == first else set()):  # else theta is what the caller selected
+        flag, known = ("False", "trainable") if min(others) in theta else ("True", "frozen")
         raise OtherTheta(
-            f"{role} has requires_grad=False for {own_name(net, min(frozen))!r}, which is trainable in the first "
+            f"{role} has requires_grad={flag} for {own_name(net, min(others))!r}, which is {known} in the first "
             "network: give both the same trainable parameters, or select some by parameters=..."
         )
     x = _inputs(torch.from_numpy(problem.x), net, str(next(iter(problem.theta_0.values())).dtype))
@@ -249,8 +252,10 @@ def on_inputs(problem: Problem, x: Tensor) -> Problem:
 def last_layer(problem: Problem) -> Problem:
     """The problem with theta restricted to the module whose parameters are used last; all others are frozen.
 
+    Parameters that no output depends on, such as those of another head, do not count.
+
     Raises:
-        BadInput: the problem is a function, which has no modules.
+        BadInput: the problem is a function, which has no modules; or no output depends on a parameter.
     """
     if problem.module is None:
         raise BadInput(
@@ -259,10 +264,20 @@ def last_layer(problem: Problem) -> Problem:
         )
     net = load(copied(problem.network), {**problem.fixed_0, **problem.theta_0})
     own = dict(net.named_parameters())
+    theta = {key: own[key] for key in problem.theta_0}
     x = torch.from_numpy(problem.x if problem.samples_interact else problem.x[:PROBED])
-    with _LastUsed({key: own[key] for key in problem.theta_0}) as last:
-        net(x.to(next(iter(own.values())).device))
-    chosen = [key for key in problem.theta_0 if owner(key) == owner(last.name)]
+    x = x.to(next(iter(own.values())).device)
+    with _Uses(net, theta) as uses:
+        outputs = net(x)
+    reached: dict[str, Tensor] = {}
+    plain = PlainNetwork(net, theta, owned=True)
+    for key, w in theta.items():  # not by the graph: reentrant checkpointing hides parameters from it
+        w.register_hook(functools.partial(reached.__setitem__, key))
+    plain.gradient(x, torch.ones_like(outputs))
+    if not (last := [key for key in uses.order if key in reached]):
+        raise BadInput(f"no output of {problem.name} depends on a parameter of theta, so none is in its last layer")
+    of_last = of_last_module(net, {key: i for i, key in enumerate(last)})
+    chosen = [key for key in problem.theta_0 if key in of_last]
     fixed = {key: w for key, w in problem.theta_0.items() if key not in chosen}
     theta_0 = {key: problem.theta_0[key] for key in chosen}
     return dataclasses.replace(
@@ -270,18 +285,35 @@ def last_layer(problem: Problem) -> Problem:
     )
 
 
-class _LastUsed(TorchFunctionMode):
-    """Records the parameter that an operation used last; the network's last if none is seen, as in compiled code."""
+class _Uses(TorchFunctionMode):
+    """Puts parameters in the order of their last uses by operations, after those without one, as in compiled code.
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    A result of parameters and constants alone, such as a transposed weight, is used where its parameters are.
+    """
+
+    def __init__(self, net: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.name: str = list(parameters)[-1]
-        self._names = {id(w): key for key, w in parameters.items()}
+        self.order: dict[str, None] = dict.fromkeys(parameters)
+        names = {id(w): (key,) for key, w in parameters.items()}
+        fixed = (*net.parameters(), *net.buffers())
+        # Tensors that do not depend on x, with the names of their parameters, by id; holding them keeps ids unique.
+        self._fixed: dict[int, tuple[Tensor, Iterable[str]]] = {id(t): (t, names.get(id(t), ())) for t in fixed}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for argument in tree_leaves((args, kwargs)):
-            self.name = self._names.get(id(argument), self.name)
-        return function(*args, **(kwargs or {}))
+        made = function(*args, **(kwargs or {}))
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        known = [self._fixed[id(t)] for t in given if id(t) in self._fixed]
+        names = dict.fromkeys(name for _, each in known for name in each)
+        if results := [t for t in tree_leaves(made) if isinstance(t, Tensor)]:  # else an attribute is read
+            for name in names:
+                del self.order[name]
+                self.order[name] = None
+        for t in results:
+            if len(known) == len(given):
+                self._fixed[id(t)] = t, names
+            else:
+                self._fixed.pop(id(t), None)
+        return made
 
 
 def _check_inputs(x: Tensor, name: str = "x") -> None:
@@ -339,7 +371,8 @@ def _snapshot(model: nn.Module, role: str, dtype: str) -> nn.Module:
     """A copy of the model that is a function of its parameters and inputs alone.
 
     Raises:
-        BadInput: the model is not an ordinary one, cannot be copied, or has train-mode Dropout.
+        BadInput: the model is not an ordinary one, cannot be copied, or has train-mode Dropout; or a function in it
+            uses the model in place of its copy.
     """
     if not isinstance(model, nn.Module):
         raise BadInput(f"{role} must be a torch.nn.Module, got {type(model).__name__}")
@@ -359,6 +392,11 @@ def _snapshot(model: nn.Module, role: str, dtype: str) -> nn.Module:
         if isinstance(layer, _DropoutNd) and layer.training and layer.p > 0:
             raise BadInput(f"{role} has Dropout in train mode ({where or 'the model itself'}): call model.eval() first")
     net = cast(copied(model, role), getattr(torch, dtype))
+    if where := captured.shared(net.model if isinstance(net, Calling) else net, own):
+        raise BadInput(
+            f"{role} has a function that uses {role} itself ({where}), which copies would share: let it use its "
+            "arguments, or make it a method"
+        )
     for layer in net.modules():
         if isinstance(layer, _NormBase) and layer.training and layer.track_running_stats:
             # Updates in place are not part of the function, and torch.func refuses them.
@@ -392,14 +430,14 @@ class _Call:
         outputs: f(x), which may be of any type; detached if it is a tensor.
         differentiable: whether f(x) depends on a parameter, as far as autograd knows.
         leaves: the tensors that f(x) is differentiated by.
-        before, after: states of all generators, including the network's own.
+        before, after: states of the global generators, and of those given.
     """
 
-    def __init__(self, net: nn.Module, x: Tensor, seed: int) -> None:
+    def __init__(self, net: nn.Module, x: Tensor, seed: int, generators: Sequence[Any] = ()) -> None:
         with _seeded(seed, x):
-            self.before = _states(net, x)
+            self.before = _states(generators, x)
             outputs = net(x)
-            self.after = _states(net, x)
+            self.after = _states(generators, x)
         self.differentiable = isinstance(outputs, Tensor) and outputs.requires_grad
         self.leaves = leaves(outputs) if self.differentiable else []
         self.outputs = outputs.detach().clone() if isinstance(outputs, Tensor) else outputs
@@ -428,21 +466,19 @@ def _seeded(seed: int, x: Tensor) -> Iterator[None]:
         yield
 
 
-def _states(net: nn.Module, x: Tensor) -> list[bytes]:
-    """States of the global random generators, and of those that are attributes of the network."""
+def _states(generators: Sequence[Any], x: Tensor) -> list[bytes]:
+    """States of the global random generators, and of others."""
     states: list[Any] = [random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()]
     if x.is_cuda:
         states.append(torch.cuda.get_rng_state(x.device).numpy())
-    for layer in net.modules():
-        for value in vars(layer).values():
-            if isinstance(value, random.Random):
-                states.append(value.getstate())
-            elif isinstance(value, np.random.Generator):
-                states.append(value.bit_generator.state)
-            elif isinstance(value, np.random.RandomState):
-                states.append(value.get_state())
-            elif isinstance(value, torch.Generator):
-                states.append(value.get_state().numpy())
+    for generator in generators:
+        if isinstance(generator, random.Random):
+            states.append(generator.getstate())
+        elif isinstance(generator, np.random.Generator):
+            states.append(generator.bit_generator.state)
+        else:
+            state = generator.get_state()
+            states.append(state.numpy() if isinstance(state, Tensor) else state)
     return [pickle.dumps(state) for state in states]
 
 
@@ -455,7 +491,7 @@ def _outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> Tenso
     """
     _check_signature(net, role)
     trial, before = copied(net), x.clone()
-    call = functools.partial(_Call, trial, x)
+    call = functools.partial(_Call, trial, x, generators=captured.generators(trial))
     try:
         first = call(0)
     except BadInput:
@@ -493,22 +529,24 @@ def _outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> Tenso
     outside = {id(w) for w in original.parameters()}
     if any(id(w) in outside for w in first.leaves):
         raise BadInput(f"call= or a function in {role} uses {role} itself; it must use the copy that it is given")
-    again = call(1)
+    later, again = _later(net, x) or (trial, call(1))
     buffers, parameters = dict(net.named_buffers()), dict(net.named_parameters())
-    if started := [key for key, w in trial.named_parameters() if not _same(w.detach(), parameters[key].detach())]:
+    if started := [key for key, w in later.named_parameters() if not _same(w.detach(), parameters[key].detach())]:
         raise BadInput(f"{role} sets its parameter {own_name(net, started[0])!r} when it is called: call it once first")
     moved = [
         key
-        for key, b in trial.named_buffers()
+        for key, b in later.named_buffers()
         if key in buffers and b.layout not in SPARSE and not _same(b.detach(), buffers[key])
     ]
     # A network that seeds a generator itself always leaves it in the same state.
-    states = zip(first.before, first.after, again.after, strict=True)
+    states = zip(first.before, first.after, again.after, strict=False)  # the first call may make a generator
     drew = any(a != b and b != c for a, b, c in states)
     if drew and any(layer.training for layer in net.modules()):
         raise BadInput(f"{role} is random: it draws random numbers in train mode: call model.eval() first")
     calls = [again, *(call(seed) for seed in range(2, CALLS))] if drew else [again]
     if any(not _same_outputs(each.outputs, outputs, exactly=bool(moved)) for each in calls):
+        if not drew and _same_outputs(call(1).outputs, outputs, exactly=bool(moved)):
+            raise BadInput(f"{role} keeps a state that its first call fits to the inputs: call it once first")
         what = (
             f"changes its buffer {own_name(net, moved[0])!r} when it is called"
             if moved
@@ -516,6 +554,21 @@ def _outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> Tenso
         )
         raise BadInput(f"{role} {what} (Dropout or spectral normalisation in train mode?): call model.eval() first")
     return outputs
+
+
+def _later(net: nn.Module, x: Tensor) -> tuple[nn.Module, _Call] | None:
+    """A copy of a network and its call on x, after a first call on copies of one sample.
+
+    ``None`` if it does not accept these. A state that is fitted at the first call, as in data-dependent initialisation,
+    is fitted to them, and the outputs differ from those of a first call on x.
+    """
+    copy = copied(net)
+    call = functools.partial(_Call, copy, generators=captured.generators(copy))
+    try:
+        call(x.detach()[:1].expand_as(x).clone(), 0)
+        return copy, call(x, 1)
+    except Exception:  # a network may raise anything
+        return None
 
 
 def _behaviour(net: nn.Module, x: Tensor, original: nn.Module) -> tuple[tuple[int, ...], bool]:

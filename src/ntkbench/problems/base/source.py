@@ -52,6 +52,14 @@ class Source(ABC):
         """Another network on the same inputs; ``None`` if ``model`` is not a network."""
         return None
 
+    def alike(self, model: Any) -> Any:
+        """Another network that is called as this one; its weights are shared, not copied."""
+        return model
+
+    def takes_array(self, shape: tuple[int, ...]) -> bool:
+        """Whether an array of this shape may be all parameters of the network."""
+        return False
+
     @abstractmethod
     def check_end(self, other: Any) -> None:
         """Refuse an object that cannot be the other end of an alignment, whatever its values.
@@ -95,14 +103,23 @@ class TorchSource(Source):
         from torch import nn
 
         from ntkbench.networks.recurrent import States
-        from ntkbench.problems.base import calls, module
+        from ntkbench.problems.base import module
 
         if isinstance(weights, Mapping):
             return module.at(problem, self._own(problem.network, weights))
         self._check_layout(weights)
         if isinstance(weights, nn.RNNBase) and isinstance(problem.module, States):
             weights = States(weights)
-        return module.at(problem, calls.alike(self.problem.network, weights))
+        return module.at(problem, self.alike(weights))
+
+    def alike(self, model: Any) -> Any:
+        """As in :class:`Source`, with the present values of modules that were given as ``call`` or ``output``.
+
+        What this method has returned, and copies of it, are returned unchanged.
+        """
+        from ntkbench.problems.base import calls
+
+        return calls.alike(self._module, model, self.problem.network)
 
     def _own(self, net: nn.Module, weights: Mapping[Any, Any]) -> dict[str, Any]:
         """Values by their names in a problem's network, from values by their names in the user's network.
@@ -160,13 +177,12 @@ class TorchSource(Source):
     def of(self, model: Any) -> Problem | None:
         from torch import nn
 
-        from ntkbench.problems.base import calls
         from ntkbench.problems.base.sequences import wrapped
 
         if not isinstance(model, nn.Module):
             return None
         self._check_layout(model)
-        return wrapped(calls.alike(self.problem.network, model), self._x, dtype=self._dtype)
+        return wrapped(self.alike(model), self._x, dtype=self._dtype)
 
     @contextlib.contextmanager
     def settings(self, target: Target, index: int | None) -> Iterator[None]:
@@ -182,13 +198,17 @@ class TorchSource(Source):
 class JaxSource(Source):
     """A function ``f(params, x)`` and arrays."""
 
-    def __init__(self, f: Any, inputs: Any, params: Any, call: Any, output: Any, dtype: str | None) -> None:
-        from ntkbench.problems.base.function import from_function
+    def __init__(
+        self, f: Any, inputs: Any, params: Any, call: Any, output: Any, dtype: str | None, selected: bool
+    ) -> None:
+        from ntkbench.problems.base.function import check_collections, from_function
 
         if call is not None or output is not None:
             raise BadInput("call and output are for torch modules; a JAX function selects its outputs itself")
         self._f, self._inputs, self._dtype = f, inputs, dtype
         self.problem = from_function(f, inputs, params, dtype=dtype)
+        if not selected:
+            check_collections(self.problem, params)
 
     def target(self, device: str | torch.device | None) -> tuple[Target, int | None]:
         own = str(self.problem.theta_0[next(iter(self.problem.theta_0))].dtype)
@@ -214,9 +234,16 @@ class JaxSource(Source):
 
         return function.at(problem, weights)
 
+    def takes_array(self, shape: tuple[int, ...]) -> bool:
+        from ntkbench.problems.base import function
 
-def source(model: Any, inputs: Any, call: Any, output: Any, params: Any, dtype: str | None) -> Source:
-    """The source for the model and inputs that the user gave.
+        return function.takes_array(self.problem, shape)
+
+
+def source(
+    model: Any, inputs: Any, call: Any, output: Any, params: Any, dtype: str | None, *, selected: bool
+) -> Source:
+    """The source for the model and inputs that the user gave; ``selected`` says whether parameters are selected later.
 
     Raises:
         BadInput: it is neither a module nor a function with ``params``; or the source refuses it.
@@ -228,7 +255,7 @@ def source(model: Any, inputs: Any, call: Any, output: Any, params: Any, dtype: 
             raise BadInput("params are for JAX functions f(params, x); a torch.nn.Module has its own")
         return TorchSource(model, inputs, call, output, dtype)
     if callable(model) and params is not None:
-        return JaxSource(model, inputs, params, call, output, dtype)
+        return JaxSource(model, inputs, params, call, output, dtype, selected)
     raise BadInput(
         f"model must be a torch.nn.Module, or a JAX function f(params, x) with params=..., got {type(model).__name__}"
     )

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ntkbench import operators
 from ntkbench.errors import OverMemory, Unavailable
 from ntkbench.layerwise.kernel import LayerwiseKernel
 from ntkbench.layerwise.tuning import Tuning
@@ -124,13 +125,19 @@ def timed_program(
 
 
 def timed_engine(module: nn.Module, x: np.ndarray, target: Target, calls: int) -> dict[str, Any]:
-    """The same columns for our layerwise kernel; memory is the peak increase of a call plus its arguments."""
+    """The same columns for our layerwise kernel; memory is the peak increase of a call plus its arguments.
+
+    On a GPU, memory is the peak of all allocations there, among them the arguments.
+    """
     kernel, parameters, inputs = engine(module, x, target)
 
     def call() -> float:
         return float(kernel.kernel(parameters, inputs).sum())
 
     columns = timing.timed(call, calls).columns()
+    operators.reset_device_memory(target)
     peak = timing.peak_bytes(call)  # not of the first call: tracing takes more
-    arguments = sum(w.numel() * w.element_size() for w in (*parameters, inputs))
-    return columns | {"memory_bytes": None if peak is None else peak + arguments}
+    memory = operators.device_memory(target)
+    if memory is None and peak is not None:
+        memory = peak + sum(w.numel() * w.element_size() for w in (*parameters, inputs))
+    return columns | {"memory_bytes": memory}

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
     """Measure a study; its table goes to ``output``, even if rows fail.
 
     Finished rows are kept in a journal beside it. A separate process measures. If a row exceeds a limit, or the process
-    dies, that row gets the reason, and another process continues with the next row.
+    dies, that row gets the reason, and another process continues with the next row. Rows of a study with seconds that
+    another kind of machine or device made are measured again.
 
     Raises:
         BadInput: the configuration has no such study.
@@ -38,8 +40,9 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
     command = [sys.executable, "-m", "ntkbench", "study-rows", name]
     command += ["--config", str(config_file), "--output", str(output)]
     killed: set[str | None] = set()
-    if config.retry == "failed":
-        with Journal(kept) as rows:
+    with Journal(kept) as rows:
+        rows.forget_begun()  # by an earlier run, possibly with other settings
+        if config.retry == "failed":
             rows.drop(outcomes.PASSING)
     with watchdog.step() as mark, Progress(output.parents[1], f"study-{name}", 0) as progress:
         output.unlink(missing_ok=True)  # so that any table there is from this run
@@ -57,12 +60,14 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
                 if code == outcomes.KILLED and not watch.verdict and key not in killed:
                     killed.add(key)  # by something else; the row is tried once more
                     continue
+                whence = _whence(_settings(config, name))
                 if key is None:
-                    _write(config, name, output, [*rows.rows(fingerprints.study(config, name)), outcome.columns()])
+                    place = _place(name, whence)
+                    made = [row for row in rows.rows(fingerprints.study(config, name)) if place.items() <= row.items()]
+                    _write(config, name, output, [*made, outcome.columns()])
                     break
                 case = json.loads(key[: key.rindex("}") + 1])
-                row = {**case, **outcome.columns(), **_whence(_settings(config, name))}
-                rows.finish(key, fingerprints.study(config, name), row)
+                rows.finish(key, fingerprints.study(config, name), {**case, **outcome.columns(), **whence})
         with contextlib.suppress(OSError, ValueError):
             progress.measured = float(_measured(output).read_text(encoding="utf-8"))
 
@@ -104,7 +109,8 @@ def measure_rows(config: Config, name: str, output: Path) -> None:
     with Journal(_journal(output)) as kept:
         say = Progress(output.parents[1], f"study-{name}", 0).begin
         chosen = _settings(config, name)
-        rows = Rows(kept, made_for, _whence(chosen), say)
+        whence = _whence(chosen)
+        rows = Rows(kept, made_for, whence, say, _place(name, whence))
         with journal.kept(rows):
             try:
                 timing.use_threads(chosen.threads, pinned=studies.is_timed(name))
@@ -139,6 +145,11 @@ def _write(config: Config, name: str, output: Path, rows: list[dict[str, Any]]) 
 def _whence(chosen: Settings) -> dict[str, object]:
     """Provenance of new rows: code, versions, machine and device."""
     return {**provenance().columns(), "device": operators.device_name(chosen.target())}
+
+
+def _place(name: str, whence: Mapping[str, object]) -> dict[str, object]:
+    """Columns that all rows of a table with seconds must share: those of two machines or devices do not compare."""
+    return {column: whence[column] for column in ("machine", "device")} if studies.is_timed(name) else {}
 
 
 def _settings(config: Config, name: str) -> Settings:

@@ -1,0 +1,104 @@
+"""What the functions of a network refer to besides their arguments: random generators, and layers that copies share."""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import inspect
+import random
+import types
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+
+DEPTH = 4
+"""Steps from a layer to its random generators, as in: its hooks, one of them, a function that it calls, a generator."""
+
+PLAIN = (Tensor, np.ndarray, str, bytes, int, float, type, types.ModuleType, type(None))
+"""Types of values that are not searched."""
+
+
+def generators(net: nn.Module) -> list[Any]:
+    """Random generators in the attributes of layers, and in what their functions refer to.
+
+    They are looked for in lists, dicts and objects, in closures and among global variables, up to :data:`DEPTH` steps
+    from a layer. Two copies of a network give theirs in the same order.
+    """
+    seen: dict[int, Any] = {}
+    level: list[Any] = list(net.modules())
+    for _ in range(DEPTH):
+        new = {id(value): value for value in level if id(value) not in seen}
+        seen |= new
+        level = [each for value in new.values() for each in _inside(value)]
+    seen |= {id(value): value for value in level}
+    found = [value for value in seen.values() if isinstance(value, GENERATORS)]
+    return [value for value in found if not isinstance(value, random.SystemRandom)]  # it has no state
+
+
+def shared(copy: nn.Module, original: nn.Module) -> str:
+    """Where a copy has a function that refers to a layer of the original, worded for a message; empty if nowhere.
+
+    Copies share functions, so such a function would use the layer of the original in place of that of the copy.
+    """
+    layers = {id(layer) for layer in original.modules()}
+    for path, layer in copy.named_modules():
+        for key, value in vars(layer).items():
+            held = _inside(value) if isinstance(value, dict | list | tuple) else [value]
+            if "state_dict" not in key and any(_refers(each, layers) for each in held):
+                hook = f"a hook of {path!r}" if path else "a hook of the model"
+                return hook if key.endswith("_hooks") else f"the attribute {f'{path}.{key}'.lstrip('.')!r}"
+    return ""
+
+
+def _refers(function: Any, layers: set[int]) -> bool:
+    """Whether a function, or one that it refers to, refers to one of these layers."""
+    if not isinstance(function, types.FunctionType):
+        return False
+    own = _inside(function)
+    callables = (types.FunctionType, types.MethodType, functools.partial)
+    return any(id(each) in layers for each in own + [v for f in own if isinstance(f, callables) for v in _inside(f)])
+
+
+def _inside(value: Any) -> list[Any]:
+    """What a value holds: attributes, items, or what a function refers to. A layer also holds its forward pass."""
+    if isinstance(value, PLAIN):
+        return []
+    if isinstance(value, nn.Module):
+        forward = inspect.getattr_static(type(value), "forward", None)
+        names = getattr(getattr(forward, "__code__", None), "co_names", ())
+        return [*vars(value).values(), forward, *(inspect.getattr_static(type(value), name, None) for name in names)]
+    if isinstance(value, types.FunctionType):
+        return _referred(value)
+    if isinstance(value, types.MethodType | staticmethod | classmethod):
+        return [getattr(value, "__self__", None), value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, dict):
+        return list(dict.values(value))  # whatever its class does at an access
+    if isinstance(value, list | tuple):
+        return list(value)
+    with contextlib.suppress(Exception):  # it has no attributes, or code of its own that may raise anything
+        return list(vars(value).values())
+    return []
+
+
+def _referred(function: types.FunctionType) -> list[Any]:
+    """Values of a function's closure, its defaults, and the global variables that it reads."""
+    found = [function.__globals__.get(name) for name in _globals(function.__code__)]
+    found += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # it has no value yet
+            found.append(cell.cell_contents)
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _globals(code: types.CodeType) -> frozenset[str]:
+    """Names of the global variables that a function, and the functions inside it, read."""
+    own = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return frozenset(own.union(*(_globals(inner) for inner in code.co_consts if isinstance(inner, types.CodeType))))
