@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from ntkbench import methods, operators, problems, studies
+from ntkbench.cost.machine import Machine
 from ntkbench.errors import DidNotTrain, Unavailable
 from ntkbench.estimate import Estimate
 from ntkbench.figures import time_to_error as figure
@@ -257,6 +258,15 @@ def test_a_method_whose_calls_take_too_long_is_given_up_after_two(monkeypatch):
     largest = max(fake.asked)
     assert row["reason"] == f"{largest} passes take 6 s, over 5 times patience_s (1)"
     assert fake.asked.count(largest) == 2
+
+
+def test_a_method_with_far_too_many_operations_is_not_called(monkeypatch):
+    fake = Fake(monkeypatch)
+    monkeypatch.setattr(type(methods.get("hutchinson")), "operations", lambda *_: 5e9)
+    for speed, called in ((1e8, False), (1e9, True)):
+        monkeypatch.setattr(time_to_error, "speeds", lambda target, speed=speed: Machine(speed, 1e9, 1e-5))
+        row = base.row({}, fake.entrant(0.5).search)
+        assert bool(fake.asked) == called and ("predicted to take at least 50 s" in row["reason"]) != called
 
 
 def test_a_method_that_compiles_at_its_first_call_is_not_given_up(monkeypatch):

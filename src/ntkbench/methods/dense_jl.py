@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ntkbench.methods.base.projected import ProjectedRows, Sketch, signs
 from ntkbench.operators import JacobianOperator
+from ntkbench.problem import Problem
 
 
 class DenseJL(ProjectedRows):
@@ -20,6 +21,10 @@ class DenseJL(ProjectedRows):
     use_when = "O is small, and k is much larger than the affordable number of passes"
     variance = "that of ``gram_forward`` with k probes"
     backends = ("torch", "jax")
+
+    def products(self, problem: Problem, metric: str, passes: float) -> float:
+        """Operations of the products of all rows with the signs, at each parameter set."""
+        return 2.0 * problem.n * problem.P * passes
 
     def parts(self, k: int) -> int:
         return k

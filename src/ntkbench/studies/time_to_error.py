@@ -22,6 +22,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from scipy.stats import binom
 
 from ntkbench import methods, problems
+from ntkbench.cost.machine import speeds
 from ntkbench.errors import NtkbenchError, Unavailable
 from ntkbench.estimate import Estimate
 from ntkbench.measure import laws, outcomes, timing
@@ -380,18 +381,28 @@ class Entrant:
         found = Reruns(self._truth.value, settings.dtype)
         self._prepared()
         self._last = passes or 0
-        # The very first call may trace and compile, so the second one decides.
         longest = TOO_LONG * self._patience
+        spent = f"over {TOO_LONG} times patience_s ({self._patience:g})"
+        if (predicted := self._least_seconds(passes)) > TOO_LONG * longest:
+            raise Unavailable(f"{_said(passes)} are predicted to take at least {predicted:.2g} s, {spent}")
+        # The very first call may trace and compile, so the second one decides.
         for _ in range(2):
             self._add(found, passes, 1)
             if found.seconds[-1] <= longest:
                 break
         else:
-            spent = f"over {TOO_LONG} times patience_s ({self._patience:g})"
             raise Unavailable(f"{_said(passes)} take {found.seconds[-1]:.2g} s, {spent}")
         while len(found.seconds) < seeds and (seeds == settings.seeds or not self._is_clear(found)):
             self._add(found, passes, min(LOOK, seeds - len(found.seconds)))
         return found
+
+    def _least_seconds(self, passes: int | None) -> float:
+        """Seconds of the counted operations of an estimate at the speed of large products; 0 if this is not known."""
+        machine = speeds(self._target)
+        if machine is None or passes is None:
+            return 0.0
+        count = methods.get(self._name).operations(self._truth.problem(), self._goal.metric, passes)
+        return machine.seconds(count)
 
     def _add(self, found: Reruns, passes: int | None, count: int) -> None:
         found.run(lambda seed: self._estimate(passes, seed), [next(self._seeds) for _ in range(count)])
