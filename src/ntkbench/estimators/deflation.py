@@ -134,12 +134,21 @@ def spare_columns(sketched: Array, q: Array) -> int:
     return sum(standard_errors.is_rounding(value, values[0], arrays.epsilon(sketched)) for value in values)
 
 
-def left_outside(columns: int, dim: int) -> int:
-    """Dimensions outside a sketch; 0 for probes of a single sign, on which squares do not depend."""
-    return dim - columns if dim > 1 else 0
+def left_outside(columns: int, dim: int, rank: int | None = None, spare: Callable[[], int] = _none) -> int:
+    """Dimensions of the range outside a sketch; 0 for probes of a single sign, on which squares do not depend.
+
+    Args:
+        columns: number of columns of the sketch.
+        dim: size of the matrix.
+        rank: its largest possible rank, if it is known.
+        spare: as for :func:`with_residual`.
+    """
+    if dim == 1 or columns >= dim:
+        return 0
+    return dim - columns if rank is None or columns < rank else max(0, rank - (columns - spare()))
 
 
-def hutchpp(product: LinearMap, columns: int, residual: int, n: int, rng: Rng) -> PointEstimate:
+def hutchpp(product: LinearMap, columns: int, residual: int, n: int, rank: int, rng: Rng) -> PointEstimate:
     """Trace of a square matrix by Hutch++ with random signs: ``2 * columns + residual`` products.
 
     The standard error is that of the residual's mean: given the sketch, the estimate is unbiased. See
@@ -150,6 +159,7 @@ def hutchpp(product: LinearMap, columns: int, residual: int, n: int, rng: Rng) -
         columns: number of columns of the sketch.
         residual: number of probes for the complement of the sketch.
         n: size of the matrix.
+        rank: its largest possible rank.
         rng: generator of both.
     """
     sketched = product(rng.sign(columns, n))
@@ -158,7 +168,8 @@ def hutchpp(product: LinearMap, columns: int, residual: int, n: int, rng: Rng) -
     g = project_out(rng.sign(residual, n), q)
     outside = mean(arrays.gather([(g * product(g)).sum(1)]), n)
     spare = functools.partial(spare_columns, sketched, q)
-    return with_residual(inside, outside, residual, left_outside(len(q), n), arrays.epsilon(g), spare)
+    left = left_outside(len(q), n, rank, spare)
+    return with_residual(inside, outside, residual, left, arrays.epsilon(g), spare)
 
 
 def random_subspace(j: JacobianOperator, product: LinearMap, probes: int, dim: int, rng: Rng) -> PointEstimate:

@@ -38,6 +38,6 @@ class HutchPP(FixedBudget):
         return 1 / 2
 
     def draw(self, metric: str, jacobians: Sequence[JacobianOperator], probes: int, rng: Rng) -> PointEstimate:
-        n = jacobians[0].n
+        n, rank = jacobians[0].n, min(jacobians[0].n, jacobians[0].P)
         k = min(probes, n)
-        return deflation.from_separate_traces(metric, jacobians, lambda a: deflation.hutchpp(a, k, k, n, rng))
+        return deflation.from_separate_traces(metric, jacobians, lambda a: deflation.hutchpp(a, k, k, n, rank, rng))

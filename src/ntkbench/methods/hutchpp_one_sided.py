@@ -44,4 +44,5 @@ class HutchPPOneSided(FixedBudget):
         g = deflation.project_out(rng.sign(k, j.n), q)
         outside = deflation.mean(deflation.squared_norms(j, j.vjp, g), j.n)
         spare = functools.partial(deflation.spare_columns, sketched, q)
-        return deflation.with_residual(inside, outside, k, deflation.left_outside(k, j.n), j.epsilon, spare)
+        left = deflation.left_outside(k, j.n, min(j.n, j.P), spare)
+        return deflation.with_residual(inside, outside, k, left, j.epsilon, spare)

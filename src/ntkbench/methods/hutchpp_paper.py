@@ -59,7 +59,7 @@ class HutchPPPaper(FixedBudget):
             if 2 * columns + residual >= j.n:
                 basis = j.basis(0, j.n)
                 return PointEstimate(float((basis * a(basis)).sum()), 0.0)
-            return deflation.hutchpp(a, columns, residual, j.n, rng)
+            return deflation.hutchpp(a, columns, residual, j.n, min(j.n, j.P), rng)
 
         return deflation.from_separate_traces(metric, jacobians, trace)
 
