@@ -362,7 +362,9 @@ def test_pair_sums_match_their_definition():
 def test_standard_errors_of_few_probes_are_calibrated(name, K):
     """Unbiased from four probes on; with fewer an upper bound that is not absurd."""
     values, errors = estimates(name, "norm", K, 200, "wide")
-    ratio = (errors**2).mean() / values.var(ddof=1)
+    known = np.isfinite(errors)  # two probes of strata of which one has most of the norm are effectively a single pair
+    assert known.mean() > (0.99 if K >= 4 else 0.9)
+    ratio = (errors[known] ** 2).mean() / values.var(ddof=1)
     assert 0.75 < ratio < (1.35 if K >= 4 else 3)
 
 

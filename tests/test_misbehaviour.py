@@ -41,7 +41,7 @@ def finished(tmp_path_factory):
         "threads": 1,
         "seeds": 3,
         "calls": 2,
-        "limits": {"time_s": 5, "memory_mb": 1500, "problem_s": 10},
+        "limits": {"time_s": 8, "memory_mb": 1500, "problem_s": 10},
         "grid": [
             {"problems": [PROBLEM], "methods": ["misbehaving"], "metrics": ["trace"], "passes": BUDGETS},
             {
