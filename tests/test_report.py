@@ -287,3 +287,9 @@ def test_the_committed_report_has_the_committed_verdicts():
     said = re.findall(r'<td class="verdict [^"]*">([^<]*)</td>', page)
     assert sorted(said) == sorted(verdicts)
     assert "Verdicts are by these tables: " in page
+
+
+def test_peaks_below_the_resolution_are_not_zero(table):
+    few = table.assign(memory_bytes=0.0)
+    found = [cell for answer in report.answer(base.checked(few)) for cell in answer["rows"]]
+    assert found and " 0 KiB" not in str(found) and "below 100 KiB" in str(found)

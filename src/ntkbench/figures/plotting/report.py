@@ -25,6 +25,14 @@ from ntkbench.units import bytes_label, counted, percent_label, seconds_label
 TEMPLATE = Path(__file__).with_name("report.html")
 PICTURE: dict[str, Any] = {"format": "WEBP", "quality": 86, "method": 4}
 """Format of embedded pictures: a third of the bytes of PNG, so that a report stays below 5 MB."""
+FEW_BYTES = 100 * 2**10
+"""Peaks of a process are not measured more exactly than this."""
+
+
+def _peak_label(count: float) -> str:
+    return f"below {bytes_label(FEW_BYTES)}" if count < FEW_BYTES else bytes_label(count)
+
+
 CELL_COLUMNS: dict[str, Callable[[Any], str]] = {
     "problem": str,
     "metric": lambda metric: metric.replace("_", " "),
@@ -33,7 +41,7 @@ CELL_COLUMNS: dict[str, Callable[[Any], str]] = {
     "passes": lambda passes: f"{passes:g}",
     "seconds": seconds_label,
     "error": percent_label,
-    "memory_bytes": bytes_label,
+    "memory_bytes": _peak_label,
     "status": labels.status_label,
     "reason": str,
 }
@@ -249,7 +257,7 @@ def _choice(winner: pd.Series, cells_of: pd.DataFrame) -> dict[str, Any]:
     facts = [
         winner["kind"],
         "" if passes != passes else counted(round(passes), "pass", "passes"),
-        "" if memory != memory else bytes_label(memory),
+        "" if memory != memory else _peak_label(memory),
         "" if winner["kind"] == "exact" else f"error {percent_label(winner['error'])}",
         f"{' to '.join(band)} (95 %)" if len(band) == 2 and not winner["at_most"] else "",
         f"{winner['seeds']:.0f} seeds" if winner["kind"] == "stochastic" else "",
