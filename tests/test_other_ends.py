@@ -302,12 +302,14 @@ def test_a_loader_that_shuffles_is_read_in_order_and_left_as_it_was(options):
     options = {**options, "generator": generator} if options.get("generator") else options
     loader = DataLoader(TensorDataset(X), batch_size=4, shuffle=True, **options)
     x = X[:4] if options.get("drop_last") else X
-    before, ambient = generator.get_state(), torch.get_rng_state()
     call = lambda module, batch: module(batch[0])  # noqa: E731
-    assert float(ntkbench.alignment(net(), Y[: len(x)], loader, call=call)) == pytest.approx(
-        cosine(theta(net(), x), Y[: len(x)].reshape(-1, 1) @ Y[: len(x)].reshape(1, -1))
+    model = net()
+    expected = theta(model, x)
+    before, ambient = generator.get_state(), torch.get_rng_state()
+    assert float(ntkbench.alignment(model, Y[: len(x)], loader, call=call)) == pytest.approx(
+        cosine(expected, Y[: len(x)].reshape(-1, 1) @ Y[: len(x)].reshape(1, -1))
     )
-    torch.testing.assert_close(Kernel(net(), loader, call=call).ntk(), theta(net(), x))
+    torch.testing.assert_close(Kernel(model, loader, call=call).ntk(), expected)
     assert torch.equal(generator.get_state(), before) and torch.equal(torch.get_rng_state(), ambient)
 
 

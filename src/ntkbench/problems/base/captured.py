@@ -19,6 +19,9 @@ GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.G
 DEPTH = 4
 """Steps from a layer to its random generators, as in: its hooks, one of them, a function that it calls, a generator."""
 
+MANY = 1000
+"""Containers of more items hold data, and are not searched."""
+
 PLAIN = (Tensor, np.ndarray, str, bytes, int, float, type, types.ModuleType, type(None))
 """Types of values that are not searched."""
 
@@ -66,7 +69,7 @@ def _refers(function: Any, layers: set[int]) -> bool:
 
 def _inside(value: Any) -> list[Any]:
     """What a value holds: attributes, items, or what a function refers to. A layer also holds its forward pass."""
-    if isinstance(value, PLAIN):
+    if isinstance(value, PLAIN) or (isinstance(value, dict | list | tuple) and len(value) > MANY):
         return []
     if isinstance(value, nn.Module):
         forward = inspect.getattr_static(type(value), "forward", None)
