@@ -22,6 +22,7 @@ from ntkbench.figures import cost_model as predicted
 from ntkbench.figures import effective_ranks as of_ranks
 from ntkbench.figures import solves as of_solves
 from ntkbench.figures import spectra as of_spectra
+from ntkbench.figures import time_to_error as times
 from ntkbench.figures.plotting.claims import VERDICTS
 from ntkbench.paths import write_atomically
 from ntkbench.units import bytes_label, counted, percent_label, seconds_label
@@ -120,20 +121,25 @@ def written(text: str, tables: Tables) -> tuple[str, list[str]]:
 def fastest_estimators(tables: Tables) -> str:
     """For each goal of ``time_to_error``: our fastest exact or unbiased method, and the fastest published one.
 
-    Biased kernels between samples are named if they are faster and their bias is within the error.
+    "Or tied" says that the interval of another one overlaps. Biased kernels between samples are named if they are
+    faster and their bias is within the error.
     """
     table = tables.read(HEAD_TO_HEAD["time_to_error"])
     rows = []
     for (problem, metric, goal), methods in table.groupby(["problem", "metric", "goal"], sort=False):
         timed = methods[methods["seconds"].notna()]
         published = timed["published"].astype(bool)
-        ours = _fastest(timed[~published & (timed["kind"] != "approximate")])
-        theirs, biased = _fastest(timed[published]), _fastest(timed[timed["kind"] == "approximate"])
+        own = timed[~published & (timed["kind"] != "approximate")]
+        ours, theirs = _fastest(own), _fastest(timed[published])
+        biased = _fastest(timed[timed["kind"] == "approximate"])
         ratio = "" if ours is None or theirs is None else _ratio(ours, bold=True, ends=("low", "high"))
         faster = (
             "" if biased is None or (ours is not None and biased["seconds"] >= ours["seconds"]) else _entrant(biased)
         )
-        said = ["none reaches it" if row is None else _entrant(row) for row in (ours, theirs)]
+        said = [
+            "none reaches it" if row is None else _entrant(row) + (", or tied" if times.is_tied(rivals) else "")
+            for row, rivals in ((ours, own), (theirs, timed[published]))
+        ]
         rows.append([f"`{problem}`", f"{metric.replace('_', ' ')}, {100 * goal:g} %", *said, ratio, faster])
     columns = [
         "problem",

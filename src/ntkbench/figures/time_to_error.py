@@ -63,8 +63,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 def _with_roles(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of a goal with a role for the fastest method of each kind, and an empty role for the others.
 
-    ``tied`` says whether the interval of another method of its kind overlaps with that of the fastest; an unknown end
-    bounds nothing.
+    ``tied`` says whether another method of its kind may be as fast; see :func:`is_tied`.
     """
     published = rows["published"].astype(str).str.lower() == "true"
     exact, biased = rows["kind"] == "exact", rows["kind"] == "approximate"
@@ -75,13 +74,18 @@ def _with_roles(rows: pd.DataFrame) -> pd.DataFrame:
         "biased": biased & ~published,
     }
     roles, tied = pd.Series("", index=rows.index), pd.Series(False, index=rows.index)
-    low, high = rows["ratio_low"].fillna(0.0), rows["ratio_high"].fillna(math.inf)
     for role, members in groups.items():
         if members.any():
             first = rows.loc[members, "seconds"].idxmin()
-            roles[first], others = role, members.drop(first)
-            tied[first] = (others & (low <= high[first]) & (low[first] <= high)).any()
+            roles[first], tied[first] = role, is_tied(rows[members])
     return rows.assign(role=roles, tied=tied)
+
+
+def is_tied(rows: pd.DataFrame) -> bool:
+    """Whether the interval of another method overlaps with that of the fastest; an unknown end bounds nothing."""
+    low, high = rows["ratio_low"].fillna(0.0), rows["ratio_high"].fillna(math.inf)
+    first = rows["seconds"].idxmin()
+    return bool(((low <= high[first]) & (low[first] <= high)).drop(first).any())
 
 
 def _frame(panel: Axes, seconds: pd.Series, names: list[str]) -> None:
