@@ -15,7 +15,7 @@ from conftest import run_snakemake, snakemake
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-KILLS = 3
+KILLS = 2
 TARGETS = ("results/small/table.csv", "results/small/studies/estimators_on_spectra.csv")
 TEST = "NTKBENCH_TEST"
 """Environment variable set in all processes of a test's runs."""

@@ -143,6 +143,7 @@ BROKEN = [
     ("method", METHOD.replace("Deterministic", "Stochastic").replace('    kind = "exact"\n', ""), 5, "leaves abstract"),
     *(("problem", *case) for case in [*EVERYWHERE, ("import os\n", 1, "defines no problem")]),
     ("problem", PROBLEM + "import no_such_module\n", 10, "cannot be imported"),
+    ("problem", PROBLEM + "raise SystemExit('bye')\n", 10, "cannot be imported: SystemExit: bye"),
     ("problem", but("problem", "N: int = 4", "N: int = 0"), 7, "keyword 'N' of mine: a size needs a positive whole"),
     ("problem", but("problem", "N: int = 4", "N: int"), 7, "keyword 'N' of mine: a size needs"),
     ("problem", but("problem", "N: int = 4", "N: int = True"), 7, "keyword 'N' of mine: a size needs"),

@@ -42,11 +42,6 @@ def raises(error: BaseException) -> Callable[[], None]:
     return way
 
 
-def hang() -> None:
-    while True:
-        pass
-
-
 def hog() -> None:
     for _ in range(60):
         State.held.append(np.ones(100 * 2**20 // 8))
@@ -113,7 +108,6 @@ WAYS: list[tuple[str, str, Callable[[], Any]]] = [
     ("failed", "SIGKILL", lambda: signal.raise_signal(signal.SIGKILL)),
     ("failed", "Ü without a message", raises(type("Ü", (Exception,), {})(""))),
     ("failed", "its message cannot be read", raises(Unreadable())),
-    ("timeout", "not finished within", hang),
     ("timeout", "not finished within", lambda: ctypes.PyDLL(None).sleep(100)),  # holds the interpreter's lock
     ("timeout", "not finished within", lambda: signal.raise_signal(signal.SIGSTOP)),
     ("out_of_memory", "over the limit", hog),
