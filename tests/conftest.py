@@ -43,7 +43,7 @@ SMALL = ("tanh_net", "digits_conv[N=3]", "gru_hazelden[N=2,T=2]", "mlp_hazelden[
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, so that parallel workers finish together."""
-    longest = ("test_kills.py", "test_misbehaviour.py", "test_pipeline.py")
+    longest = ("test_kills.py", "test_misbehaviour.py", "test_pipeline.py", "test_calibration.py")
     items.sort(key=lambda item: item.path.name not in longest)
 
 

@@ -44,7 +44,7 @@ def test_a_function_runs_in_its_own_process(method, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_process_is_retried_once(method, tmp_path, monkeypatch):
+def test_a_killed_process_is_retried_once(tmp_path, monkeypatch):
     tried = []
     once = apart._once
     monkeypatch.setattr(apart, "_once", lambda *given: tried.append(1) or once(*given))

@@ -15,14 +15,14 @@ from pydantic import ValidationError
 from ntkbench import figures, methods, paths, problems, readme, studies, testing
 from ntkbench.estimate import Estimate
 from ntkbench.figures import calibration as figure
-from ntkbench.figures.plotting import base
+from ntkbench.figures.plotting import base, files
 from ntkbench.measure.seeds import Reruns
 from ntkbench.metrics import METRICS
 from ntkbench.studies import calibration as study
 
 SMALL = {"threads": 1, "device": "cpu"}
-TRIED = ["auto", "gram_reverse", "hutchpp", "sample_subset"]
-SEEDS = 4
+TRIED = ["auto", "hutchpp", "sample_subset"]
+SEEDS = 2
 COVERAGE = ("covered", "covered_low", "covered_high")
 
 
@@ -257,8 +257,10 @@ def test_all_stochastic_methods_take_part():
 
 
 @pytest.mark.slow
-def test_the_figure_counts_the_cases_and_plots_the_numbers_of_the_table(table, tmp_path):
-    figures.draw("calibration", table, tmp_path)
+def test_the_figure_counts_the_cases_and_plots_the_numbers_of_the_table(table, tmp_path, monkeypatch):
+    before = table.copy()
+    first = {path.name: path.read_bytes() for path in figures.draw("calibration", table, tmp_path)}
+    assert list(first) == [f"calibration.{kind}" for kind in ("csv", "txt", "png", "pdf")] and all(first.values())
     plotted = pd.read_csv(tmp_path / "calibration.csv")
     drawn = table[table["covered"].notna() & (table["way"] != "matched")]
     assert len(plotted) == len(drawn) > 0
@@ -269,7 +271,10 @@ def test_the_figure_counts_the_cases_and_plots_the_numbers_of_the_table(table, t
     said = (tmp_path / "calibration.txt").read_text()
     out = drawn["verdict"].isin(["below", "above"]).sum()
     assert f"{out} of {len(drawn)} cases" in said
-    testing.check_figure("calibration", table)
+    monkeypatch.setattr(files, "METADATA", {"png": files.METADATA["png"]})  # no second PDF
+    again = figures.draw("calibration", table, tmp_path)
+    assert {path.name: path.read_bytes() for path in again}.items() <= first.items() and len(again) == 3
+    assert table.equals(before)
 
 
 def test_a_case_without_a_stated_error_is_drawn_at_the_end_and_counted():
@@ -339,7 +344,7 @@ def prepared_once(monkeypatch):
 CHOSEN = [
     ("ordinary", ["trace", "effective_rank"], "passes"),
     ("ordinary", ["alignment"], "rtol"),
-    ("heavy-tailed", ["trace", "effective_rank", "alignment"], "passes"),
+    ("heavy-tailed", ["effective_rank", "alignment"], "passes"),
     ("one outlier", ["norm", "alignment"], "passes"),
     ("wide head", ["norm", "alignment"], "passes"),
 ]
@@ -350,7 +355,7 @@ CHOSEN = [
 @pytest.mark.slow
 def test_intervals_of_auto_keep_their_coverage(problem, metrics, way):
     chosen = settings(
-        problems={problem: study.PROBLEMS[problem]}, metrics=metrics, methods=["auto"], ways=[way], seeds=100
+        problems={problem: study.PROBLEMS[problem]}, metrics=metrics, methods=["auto"], ways=[way], seeds=50
     )
     found = study.run(chosen)
     assert set(found["status"]) == {"ok"}

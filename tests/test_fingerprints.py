@@ -28,7 +28,9 @@ DRAWN_FROM = paths.REFERENCE / "default"
 # None of these imports starts a thread, which would not survive a fork.
 PROCESS = """
 import json, os, sys, traceback
-import torch, torch.func, jax, pandas, scipy.special, sklearn.datasets, matplotlib.figure
+import torch, torch._dynamo, torch.func, jax, pandas, psutil, scipy.linalg, scipy.special, scipy.stats
+import sklearn.datasets, matplotlib.figure, threadpoolctl
+from pydantic import BaseModel, model_validator
 
 def cell(plan, label):
     os.environ["NTKBENCH_PLAN"] = plan
@@ -263,6 +265,14 @@ def before(copy):
     return all_fingerprints()
 
 
+@pytest.fixture(scope="module")
+def covered(copy):
+    """The files that each fingerprint covers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fingerprints, "_hash", lambda files, *settings: frozenset(files))
+        return all_fingerprints()
+
+
 @contextlib.contextmanager
 def edited(file, contents=None):
     """A file with other contents, by default with a line more, for the duration of the context."""
@@ -275,24 +285,35 @@ def edited(file, contents=None):
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_changes_what_uses_the_file_and_nothing_else(copy, before, name):
+def test_an_edit_changes_what_uses_the_file_and_nothing_else(copy, covered, name):
+    """By the files that fingerprints cover; the next two tests edit files."""
+    assert (copy / name).is_file()
     changes, stays = EDITS[name]
-    with edited(copy / name):
-        changed = {key for key, value in all_fingerprints().items() if value != before[key]}
+    changed = {key for key, files in covered.items() if copy / name in files}
     for beginning in changes + stays:
-        keys = {key for key in before if key.startswith(beginning)}
+        keys = {key for key in covered if key.startswith(beginning)}
         assert keys, beginning
         assert keys & changed == (keys if beginning in changes else set())
 
 
-def test_every_file_is_in_the_hash_of_those_that_import_it_and_of_no_other(copy):
-    files = {key: files_of_cell(*cell) for key, cell in CELLS.items()}
-    files |= {name: files_of_study(name) for name in STUDIES | PARTLY}
-    before = {key: fingerprints._hash(own) for key, own in files.items()}
-    for file in sorted(copy.rglob("*.py")):
-        with edited(file):
-            after = {key: fingerprints._hash(own) for key, own in files.items()}
-        assert {key for key in files if after[key] != before[key]} == {key for key in files if file in files[key]}, file
+@pytest.mark.parametrize("name", ["measure/seeds.py", "figures/plotting/report.html", "cli.py"])
+def test_fingerprints_change_with_the_files_that_they_cover(copy, before, covered, name):
+    with edited(copy / name):
+        changed = {key for key, value in all_fingerprints().items() if value != before[key]}
+    assert changed == {key for key, files in covered.items() if copy / name in files}
+
+
+def test_every_file_is_in_the_hash_of_those_that_cover_it_and_of_no_other(copy, covered):
+    package = {file for file in copy.rglob("*") if file.is_file()}
+    for key, files in covered.items():
+        before = fingerprints._hash(files)
+        for file in files & package:
+            with edited(file):
+                assert fingerprints._hash(files) != before, (key, file)
+        with contextlib.ExitStack() as others:
+            for file in package - files:
+                others.enter_context(edited(file))
+            assert fingerprints._hash(files) == before, key
 
 
 def test_only_settings_that_concern_a_cell_count():
