@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in longest)
 
 
-def mostly_slow(cases: Iterable[Any], quick: int) -> list[Any]:
-    """Parameters of a test; all but the first ``quick`` of them are marked slow."""
-    every = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [pytest.param(*case, marks=pytest.mark.slow if i >= quick else ()) for i, case in enumerate(every)]
+def mostly_slow(cases: Iterable[Any], quick: int | Collection[Any]) -> list[Any]:
+    """Parameters of a test; all but the first ``quick`` of them, or those in ``quick``, are marked slow."""
+    every = list(cases)
+    if isinstance(quick, int):
+        stays = [i < quick for i in range(len(every))]
+    else:
+        assert all(case in every for case in quick), "a quick case that the test does not have"
+        stays = [case in quick for case in every]
+    marks = [() if stay else pytest.mark.slow for stay in stays]
+    return [pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=m) for c, m in zip(every, marks, strict=True)]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,13 +70,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module", autouse=True)
 def processors() -> Iterator[None]:
-    """Restore the CPU affinity: a study with one thread pins the process to one core, and other files need two."""
-    if not hasattr(os, "sched_getaffinity"):  # macOS
-        yield
-        return
-    had = os.sched_getaffinity(0)
+    """Restore the CPU affinity and the one thread of torch.
+
+    A study with one thread pins the process to one core, and other files need two. Studies and scripts also set the
+    number of torch's threads, which would slow down the small problems of other files.
+    """
+    had = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None  # not on macOS
     yield
-    os.sched_setaffinity(0, had)
+    torch.set_num_threads(1)
+    if had is not None:
+        os.sched_setaffinity(0, had)
 
 
 @pytest.fixture(scope="session", autouse=True)

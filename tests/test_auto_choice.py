@@ -31,6 +31,7 @@ def table():
         return auto_choice.run(settings)
 
 
+@pytest.mark.slow
 def test_auto_comes_first_and_names_its_method(table):
     for _, task in table.groupby(["problem", "metric"]):
         assert task["method"].iloc[0] == "auto"
@@ -38,12 +39,14 @@ def test_auto_comes_first_and_names_its_method(table):
     assert len(measured) == 3 and set(measured["by"]) <= set(methods.names())
 
 
+@pytest.mark.slow
 def test_methods_without_a_standard_error_are_left_out(table):
     kinds = {methods.get(name).kind for name in table["method"].unique() if name != "auto"}
     assert kinds == {"exact", "stochastic"}
     assert "sum_of_logits" not in set(table["method"])
 
 
+@pytest.mark.slow
 def test_ratios_are_relative_to_auto(table):
     timed = table[table["ratio"].notna()]
     assert len(timed) and (timed["calls"] == CALLS).all() and (timed["method"] != "auto").all()
@@ -85,6 +88,7 @@ def test_the_share_of_tasks_on_the_page_is_that_of_the_committed_table():
     assert (tasks, within) == tuple(map(int, stated.groups()))
 
 
+@pytest.mark.slow
 def test_rows_without_a_result_have_a_reason(table):
     left = table[table["status"] != "ok"]
     assert (left["reason"].str.len() > 0).all()
@@ -92,6 +96,7 @@ def test_rows_without_a_result_have_a_reason(table):
     assert set(untrained["reason"]) == {"the network stays untrained"}
 
 
+@pytest.mark.slow
 def test_a_tolerance_is_reached(table):
     measured = table[(table["status"] == "ok") & (table["method"] != "auto")]
     assert (measured["relative_width"] <= 0.3).all()

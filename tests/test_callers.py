@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
-from conftest import Squared
+from conftest import Squared, mostly_slow
 from torch import Tensor, nn
 
 import ntkbench
@@ -138,11 +139,12 @@ def settings() -> tuple[Any, ...]:
     )
 
 
-def test_concurrent_calls_equal_sequential_ones_and_restore_the_settings():
+@pytest.mark.parametrize("count", mostly_slow([2, 12], 1))
+def test_concurrent_calls_equal_sequential_ones_and_restore_the_settings(count):
     torch.manual_seed(0)
-    models = [Watched() for _ in range(12)]
+    models = [Watched() for _ in range(count)]
     x, before = torch.randn(4, 2, 3), settings()
-    jobs = [(model, dtype) for model, dtype in zip(models, ["float64", "float32"] * 6, strict=True)]
+    jobs = list(zip(models, itertools.cycle(("float64", "float32"))))
 
     def values(job: tuple[nn.Module, str]) -> tuple[float, float, torch.dtype]:
         kernel = ntkbench.Kernel(job[0], x, dtype=job[1])

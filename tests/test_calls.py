@@ -10,7 +10,7 @@ from collections import OrderedDict, UserDict, namedtuple
 import numpy as np
 import pytest
 import torch
-from conftest import metrics_of
+from conftest import metrics_of, mostly_slow
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -382,7 +382,7 @@ def test_non_tensor_outputs_are_not_guessed(call):
     assert problem.output_shape == (N, 6, 3)
 
 
-@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("kind", mostly_slow([nn.RNN, nn.LSTM, nn.GRU], 2))
 def test_recurrent_layers_are_called_as_specified(kind):
     layer = seeded(lambda: kind(4, 3, batch_first=True))
     problem = check(layer, SEQUENCES, lambda m, x: m(x)[0][:, -1], call=lambda m, x: m(x)[0][:, -1])

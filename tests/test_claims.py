@@ -198,6 +198,7 @@ def test_where_no_claim_has_a_number_the_figure_says_so(table):
     assert drawing.figure.texts[0].get_text() == "Nothing to show"
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_with_files_of_their_claims_and_a_section_on_the_page(tmp_path):
     tables = {name: paths.REFERENCE / "paper_cpu" / "studies" / f"{name}.csv" for name in ("novak_flops", "novak_time")}
     made = figures.draw_all(tables, tmp_path)

@@ -190,6 +190,7 @@ def short(monkeypatch):
     monkeypatch.setattr(compare, "BLOCK_SECONDS", 0.01)
 
 
+@pytest.mark.slow
 def test_commits_are_compared(repository, short, capsys):
     """Ten times the time, more memory, a wrong value and a missing method show even on a busy machine."""
     before = sorted(file for file in (repository / ".git").rglob("*") if file.is_file())
@@ -219,6 +220,7 @@ def test_a_commit_without_a_package_is_refused(repository, tmp_path):
         compare.check_out(repository, empty.stdout.decode().strip(), tmp_path)
 
 
+@pytest.mark.slow
 def test_code_of_another_checkout_is_not_measured(tmp_path):
     with Side(tmp_path) as side, pytest.raises(NtkbenchError, match="which is not part of it"):
         side.start()

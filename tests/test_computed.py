@@ -146,6 +146,11 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, w, self.bias)
 
 
+@pytest.mark.parametrize(("groups", "gain", "batch_norm"), [(1, True, False), (2, False, True)])
+def test_standardised_convolutions(groups, gain, batch_norm):
+    check_standardised(groups, (2, 2), 2, gain, batch_norm, 1e-6, 2**30)
+
+
 @settings(max_examples=15)
 @given(
     groups=st.sampled_from([1, 2]),
@@ -156,7 +161,12 @@ class Standardised(nn.Conv2d):
     eps=st.sampled_from([1e-6, 0.1]),
     memory=st.sampled_from([2**30, 30_000]),
 )
-def test_standardised_convolutions(groups, channels, size, gain, batch_norm, eps, memory):
+@pytest.mark.slow
+def test_standardised_convolutions_of_all_options(groups, channels, size, gain, batch_norm, eps, memory):
+    check_standardised(groups, channels, size, gain, batch_norm, eps, memory)
+
+
+def check_standardised(groups, channels, size, gain, batch_norm, eps, memory):
     torch.manual_seed(0)
     inside, outside = (groups * c for c in channels)
     if inside // groups * size**2 == 1:

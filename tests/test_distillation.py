@@ -85,7 +85,8 @@ def test_weights_begin_without_the_regulariser():
         studies.settings("distillation", TINY | {"weights": [1, 2]})
 
 
-def test_the_figure_has_a_difference_for_each_weight_and_quantity(tmp_path):
+def differences() -> pd.DataFrame:
+    """A table of the study: the reference, and two weights with the same differences from it."""
     row = {"status": "ok", "reason": "", "device": "cpu", "dtype": "float32", "threads": 1, "git_sha": "0" * 10}
     row |= {"git_dirty": False, "machine": "a laptop", "seeds": 6, "value": 0.5, "low": 0.4, "high": 0.6}
     same = {"difference": 0.0, "difference_low": 0.0, "difference_high": 0.0, "verdict": "reference"}
@@ -95,10 +96,18 @@ def test_the_figure_has_a_difference_for_each_weight_and_quantity(tmp_path):
         for quantity, sign in study.BETTER.items():
             said = study.verdict(sign, moved["difference_low"], moved["difference_high"])
             rows.append(row | moved | {"weight": weight, "quantity": quantity, "verdict": said})
-    table = pd.DataFrame(rows)
-    testing.check_figure("distillation", table)
+    return pd.DataFrame(rows)
+
+
+def test_the_figure_has_a_difference_for_each_weight_and_quantity(tmp_path):
+    table = differences()
     made = figures.draw("distillation", table, tmp_path)
     caption = made[1].read_text()
     others = table[(table["weight"] > 0) & (table["quantity"] != "alignment")]["verdict"].value_counts()
     assert f"{others['better']} better and {others['worse']} worse" in caption and "over 6 students" in caption
     np.testing.assert_allclose(pd.read_csv(made[0])["difference"], table["difference"])
+
+
+@pytest.mark.slow
+def test_the_figure_keeps_its_contract():
+    testing.check_figure("distillation", differences())

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import loaded, metrics_of, written_out
+from conftest import loaded, metrics_of, mostly_slow, written_out
 from torch import nn
 
 import ntkbench
@@ -123,7 +123,7 @@ def test_all_moments_are_unbiased(name, probes, memory, monkeypatch):
     assert np.abs(z).max() < 4
 
 
-@pytest.mark.parametrize("name", ["per_sample_trace", "per_sample_trace_forward"])
+@pytest.mark.parametrize("name", mostly_slow(["per_sample_trace", "per_sample_trace_forward"], 1))
 def test_variance_of_the_per_sample_trace_is_that_of_the_formula(name):
     problem = loaded("tanh_net")
     J = written_out(problem).reshape(problem.N, problem.O, problem.P)
@@ -196,7 +196,20 @@ class Opposite(nn.Module):
         return torch.cat([f, -f], dim=1)
 
 
-@pytest.mark.parametrize("name", [n for n in methods.names() if methods.get(n).kind == "stochastic"])
+FAMILIES = {
+    "hutchinson",
+    "nystrom_loo",
+    "block_u_statistics",
+    "dense_jl",
+    "sample_subset",
+    "structured_block_u_statistics",
+}
+"""One method of each family of estimators."""
+
+
+@pytest.mark.parametrize(
+    "name", mostly_slow((n for n in methods.names() if methods.get(n).kind == "stochastic"), FAMILIES)
+)
 def test_probes_in_the_null_space_do_not_show_that_theta_is_zero(name):
     method, target = methods.get(name), Target("torch", "float64", "cpu", 2**30)
     if not {"norm", "effective_rank", "alignment"} <= set(method.metrics):
@@ -318,7 +331,9 @@ def test_equal_networks_are_aligned_for_any_probes(name):
     assert estimate.standard_error == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", [n for n in NEW if n in methods.names()])
+@pytest.mark.parametrize(
+    "name", mostly_slow((n for n in NEW if n in methods.names()), {"block_u_statistics", "gram_forward"})
+)
 def test_backends_agree_on_the_same_probes(name):
     names = tuple(methods.get(name).metrics)
     ours, theirs = (accumulated(name, names, (5,), backend)[0] for backend in BACKENDS)
@@ -421,14 +436,17 @@ def exact_metrics(model: nn.Module, x: torch.Tensor) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     "method",
-    [
-        "hutchinson",
-        "block_u_statistics",
-        "group_u_statistics",
-        "structured_block_u_statistics",
-        "gram_reverse",
-        "gram_forward",
-    ],
+    mostly_slow(
+        [
+            "hutchinson",
+            "block_u_statistics",
+            "group_u_statistics",
+            "structured_block_u_statistics",
+            "gram_reverse",
+            "gram_forward",
+        ],
+        {"hutchinson", "structured_block_u_statistics"},
+    ),
 )
 def test_a_tolerance_is_reached(method):
     model, x = net(), data()
@@ -513,7 +531,7 @@ def test_interacting_samples_use_passes_over_the_whole_batch():
         assert "samples interact" in methods.get(name).unsupported_reason(mixed, "trace", Target())
 
 
-@pytest.mark.parametrize("metric", ["norm", "effective_rank", "alignment"])
+@pytest.mark.parametrize("metric", mostly_slow(["norm", "effective_rank", "alignment"], 1))
 def test_a_subset_of_samples_stands_for_all_of_them(metric):
     """Squares are unbiased over subsets, errors are those of a finite population, and all samples are exact."""
     ready, method, exact = prepared("sample_subset", "wide"), methods.get("sample_subset"), truth("wide")[metric]

@@ -76,26 +76,28 @@ def config(factories, *names, **more):
 
 
 def test_a_factory_is_a_problem_of_the_grid(mine, name):
-    made = config({name: f"{MINE}:make", f"{name}_two": f"{MINE}:two"}, name)
+    made = config({name: f"{MINE}:make"}, name)
     assert [cell.problem for cell in cells(made)] == [name]
     problem = problems.load(name)
     assert (problem.N, problem.O, problem.P, problem.theta_f) == (4, 2, 8, None)
     method = methods.get("structured_derivatives")
     found = method.estimate(method.prepare(problem, Target("torch", "float32", "cpu")), "trace")
     assert found.value == pytest.approx(4 * 2 * (3 + 1))
-    assert problems.load(f"{name}_two").O == 2
     assert config({name: f"{MINE}:make"}, name).factories, "once is enough"
 
 
+@pytest.mark.slow
 def test_networks_of_factories_are_checked_like_those_of_a_kernel(mine, name):
-    config({f"{name}_{kind}": f"{MINE}:{kind}" for kind in ("recurrent", "normed")}, f"{name}_recurrent")
-    recurrent, normed = (problems.load(f"{name}_{kind}") for kind in ("recurrent", "normed"))
+    config({f"{name}_{kind}": f"{MINE}:{kind}" for kind in ("two", "recurrent", "normed")}, f"{name}_recurrent")
+    two, recurrent, normed = (problems.load(f"{name}_{kind}") for kind in ("two", "recurrent", "normed"))
+    assert two.O == 2
     assert recurrent.output_shape == (4, 5, 2) and not recurrent.samples_interact
     assert normed.samples_interact
     with pytest.raises(BadInput, match=r"Dropout in train mode \(1\): call model.eval\(\) first"):
         config({name: f"{MINE}:dropping"}, name)
 
 
+@pytest.mark.slow
 def test_child_processes_know_the_problem_in_any_folder(mine, name, tmp_path):
     config({name: f"{MINE}:make"}, name)
     code = f"from ntkbench import problems; print(problems.load({name!r}).P)"

@@ -682,6 +682,7 @@ def finding(name, table):
     return [float(number) for number in re.findall(r"-?\d+\.?\d*", drawn_from(name, table).title)]
 
 
+@pytest.mark.slow
 def test_titles_of_studies_have_the_tables_numbers():
     """Titles are findings: their numbers change with those of the table."""
     blog = committed_table("hazelden_blog")

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import metrics_of
+from conftest import metrics_of, mostly_slow
 
 import ntkbench
 from ntkbench import methods, problems
@@ -179,11 +179,17 @@ def linear(params, x):
 
 
 @functools.cache
-def case(name: str, N: int = 4) -> tuple[Problem, np.ndarray, np.ndarray]:
-    """A problem with two sets of parameters, and J at both."""
+def wrapped(name: str) -> Problem:
+    """A problem of four samples with two sets of parameters."""
     f, params, inputs = CASES[name]
-    x, ends = inputs(N), (params(0), params(7))
-    return from_function(f, x, *ends), *(jacobian(f, x, end) for end in ends)
+    return from_function(f, inputs(4), params(0), params(7))
+
+
+@functools.cache
+def case(name: str) -> tuple[Problem, np.ndarray, np.ndarray]:
+    """The problem, and J at both sets of parameters."""
+    f, params, inputs = CASES[name]
+    return wrapped(name), *(jacobian(f, inputs(4), params(seed)) for seed in (0, 7))
 
 
 def close(found, expected, tolerance: float = 1e-10) -> bool:
@@ -214,7 +220,7 @@ def test_every_way_gives_the_kernel_between_two_sets_of_inputs(name):
         assert close(way(wide, columns, None, False, TARGET), J @ J2.T), way
 
 
-@pytest.mark.parametrize("kind", ["sum_of_logits", "random_vector", "trace"])
+@pytest.mark.parametrize("kind", mostly_slow(["sum_of_logits", "random_vector", "trace"], {"random_vector", "trace"}))
 def test_kernels_between_samples(kind):
     f, params, inputs = CASES["dicts"]
     problem, J, _ = case("dicts")
@@ -321,7 +327,7 @@ def test_sum_of_logits_is_the_kernel_of_that_name():
 
 
 def test_methods_in_torch_say_that_there_is_no_network():
-    problem, *_ = case("dicts")
+    problem = wrapped("dicts")
     for name in methods.names():
         method = methods.get(name)
         if "torch" in method.backends:
@@ -386,7 +392,7 @@ def test_products_that_contradict_plain_vjp_are_refused():
 
 
 def test_a_wrong_kernel_by_neural_tangents_is_refused(monkeypatch):
-    problem, *_ = case("dicts")
+    problem = wrapped("dicts")
     real = jax_kernel.programs.kernel_function
     for off in (lambda theta: 1.01 * theta, lambda theta: theta.at[0, 1].mul(2), lambda theta: theta * np.nan):
         wrong = lambda *given, off=off: lambda *arguments: off(real(*given)(*arguments))  # noqa: E731
@@ -400,7 +406,7 @@ def test_a_wrong_kernel_by_neural_tangents_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_wrong_metric_by_neural_tangents_is_refused(metric, monkeypatch):
-    problem, *_ = case("dicts")
+    problem = wrapped("dicts")
     real = jax_kernel.programs.kernel_function
     wrong = lambda *given: lambda *arguments: 1.01 * real(*given)(*arguments)  # noqa: E731
     monkeypatch.setattr(jax_kernel.programs, "kernel_function", wrong)
@@ -421,7 +427,7 @@ def test_without_neural_tangents_its_methods_say_so_and_kernels_go_by_rows(monke
     assert all(close(way(problem, None, None, False, TARGET), J @ J.T) for way in by_rows)
 
 
-@pytest.mark.parametrize("lacking", ["the package", "the analysis of memory"])
+@pytest.mark.parametrize("lacking", mostly_slow(["the package", "the analysis of memory"], 1))
 def test_kernels_go_by_rows_without_neural_tangents_or_the_analysis_of_memory(lacking, monkeypatch):
     _, J, _ = case("dicts")
     theta, y = J @ J.T, np.ones((4, 2))
@@ -455,6 +461,7 @@ def test_programs_over_the_memory_budget_are_not_run(monkeypatch, tmp_path):
     assert close(ntkbench.ntk(mlp, x, params=params), J @ J.T) and run
 
 
+@pytest.mark.slow
 def test_the_precision_of_the_process_is_not_changed_on_a_gpu(monkeypatch):
     changed = []
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -467,6 +474,7 @@ def test_the_precision_of_the_process_is_not_changed_on_a_gpu(monkeypatch):
     assert "jax_default_matmul_precision" in changed, "as in measurements, which have no settings of their own"
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_the_residuals_of_the_forward_pass():
     """The boolean mask of a relu comes first among the residuals; a linear function has none."""
     for f in (lambda p, x: jax.nn.relu(x @ p["w"]), lambda p, x: jnp.broadcast_to(p["w"].sum(0), (len(x), 2))):
@@ -517,15 +525,15 @@ def test_samples_that_only_seem_to_interact_are_independent():
 
 
 def test_leaves_are_named_by_their_paths_and_sorted_into_kinds():
-    problem, *_ = case("dicts")
+    problem = wrapped("dicts")
     assert list(problem.theta_0) == [
         *(f"hidden.{i}.{key}" for i in (0, 1) for key in ("b", "w")),
         *(f"last.{key}" for key in ("b", "w")),
     ]
     assert (problem.name, problem.module, problem.N, problem.O, problem.fixed_0) == ("mlp", None, 4, 2, {})
-    problem, *_ = case("constants")
+    problem = wrapped("constants")
     assert set(problem.theta_0) == {"w"} and set(problem.fixed_0) == {"chosen"}
-    problem, *_ = case("several inputs")
+    problem = wrapped("several inputs")
     assert set(problem.theta_0) == {"image", "table", "x.words"} and problem.x.shape == (4, 4 + 3)
     single = from_function(lambda w, x: x @ w, rows(3)(2), *(rng(seed).standard_normal((3, 2)) for seed in range(2)))
     assert set(single.theta_0) == set(single.theta_f) == {"params"} and single.name == "function"
@@ -564,6 +572,7 @@ def test_the_memory_of_a_product_includes_the_branches_of_a_condition():
     assert two > one
 
 
+@pytest.mark.slow
 def test_colliding_names_are_distinguished():
     params = {"a.b": rng(0).standard_normal((3, 2)), "a": {"b": rng(1).standard_normal((3, 2))}}
     f = lambda p, x: jnp.sin(x @ p["a.b"]) * (x @ p["a"]["b"])  # noqa: E731
@@ -655,7 +664,7 @@ def test_the_digest_follows_function_parameters_inputs_and_constants():
 
 
 def test_the_shape_of_outputs_needs_no_computation():
-    problem, *_ = case("several inputs")
+    problem = wrapped("several inputs")
     assert dataclasses.replace(problem, _shape=[]).output_shape == (4, 2)
 
 
@@ -742,7 +751,7 @@ def test_values_that_are_being_traced_are_refused():
 
 
 def test_columns_must_be_like_the_rows():
-    problem, *_ = case("several inputs")
+    problem = wrapped("several inputs")
     good = several_inputs(2)
     for wrong, said in (
         (good["image"], "a pytree like x"),
@@ -753,7 +762,7 @@ def test_columns_must_be_like_the_rows():
     ):
         with pytest.raises(BadInput, match=said):
             with_columns(problem, wrong)
-    assert with_columns(case("dicts")[0], X)[1].shape == (4, 3)
+    assert with_columns(wrapped("dicts"), X)[1].shape == (4, 3)
 
 
 WITHOUT_JAX = """

@@ -108,6 +108,7 @@ def test_products_in_float32_pass_and_in_tf32_do_not():
 def test_rows_are_added_and_not_repeated(cases, tmp_path, monkeypatch):
     of_one_problem = {("cpu", gpu_correctness.PROBLEMS[:1]): cases}
     monkeypatch.setattr(gpu_correctness, "cases", lambda *given: of_one_problem[given])
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # keep that of the tests
     file = tmp_path / "rows.jsonl"
     arguments = [str(file), "--device", "cpu", "--few", "--share", "0", "5"]
     made = []
@@ -126,6 +127,7 @@ def test_a_lost_device_ends_the_process_after_its_row(tmp_path, monkeypatch):
 
     case = Case("lost", "torch", "cuda", "float32", lost)
     monkeypatch.setattr(gpu_correctness, "cases", lambda *_: [case, case._replace(case="next")])
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # keep that of the tests
     arguments = [str(tmp_path / "rows.jsonl")]
     for rows, status in ((1, gpu.RESTART), (2, gpu.RESTART), (2, 0)):
         assert CliRunner().invoke(gpu_correctness.main, arguments).exit_code == status

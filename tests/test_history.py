@@ -70,6 +70,7 @@ def test_the_trace_kernel_is_closer_to_theta_than_a_single_logit():
     assert 0 < trace < logit
 
 
+@pytest.mark.slow
 def test_both_backends_compute_the_same():
     (torch,), (jax,) = (Case(f"mlp/auto/{backend}/trace").values([0])[0] for backend in ("torch", "jax"))
     assert torch == pytest.approx(jax, rel=1e-5)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL, Squared, mostly_slow, written_out
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ntkbench.errors import BadInput, Unavailable
@@ -234,6 +234,7 @@ def test_blocks_cover_everything_once_and_fit(N, O, P, memory, activations, held
     assert all(k == 1 or k * j.bytes_per_probe() <= memory for k in blocks)
 
 
+@settings(max_examples=25)
 @given(memory=st.integers(1, 60_000))
 def test_products_do_not_depend_on_the_memory_budget(tiny, dense, memory):
     j = operator(tiny, memory=memory)

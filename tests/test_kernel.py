@@ -327,8 +327,13 @@ def test_an_alignment_with_labels_reaches_its_tolerance_or_notes_that_it_did_not
     assert found["alignment"].relative_width() <= 0.1 and found["alignment"].value == pytest.approx(value, rel=0.2)
 
 
-@pytest.mark.parametrize("memory", [None, 20_000, 2000, 64])
-@pytest.mark.parametrize("case", ["written out", "traced", "interacting"])
+@pytest.mark.parametrize(
+    ("case", "memory"),
+    mostly_slow(
+        [(case, size) for case in ("written out", "traced", "interacting") for size in (None, 20_000, 2000, 64)],
+        11,  # all but single rows of samples that interact
+    ),
+)
 def test_the_alignment_with_a_matrix_does_not_depend_on_the_memory(case, memory):
     """Theta as a whole, blocks of samples, and single rows."""
     make = (lambda: normed().train()) if case == "interacting" else net
@@ -378,9 +383,11 @@ def test_eigenvalues_use_products_where_a_decomposition_does_not_fit(monkeypatch
 
 
 BUDGETED = [method.name for method in map(methods.get, methods.names()) if method.takes_passes]
+QUICK = {"auto", "hutchinson", "hutchpp", "sample_subset", "dense_jl"}
+"""One for each way to spend a budget: probes for all metrics, probes for each of them, samples, and features."""
 
 
-@pytest.mark.parametrize("method", mostly_slow(["auto", *BUDGETED], 6))
+@pytest.mark.parametrize("method", mostly_slow(["auto", *BUDGETED], QUICK))
 def test_a_budget_covers_all_metrics_and_a_target_together(monkeypatch, method):
     """A budget that is too small is refused in one line."""
     counted: list[float] = []
@@ -570,6 +577,7 @@ def test_a_tracker_refuses_steps_that_go_back():
     assert tracker.table()["step"].tolist() == [0, 2]
 
 
+@pytest.mark.slow
 def test_a_hugging_face_trainer_calls_a_tracker():
     pytest.importorskip("transformers")
     tracker = ntkbench.Tracker(net(), X, every=10, metrics=("trace",))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import mostly_slow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -299,13 +300,18 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("complete", [False, True], ids=["begun", "complete"])
-@pytest.mark.parametrize("case", OTHERS)
-def test_a_file_of_another_kernel_is_refused_and_left_alone(tmp_path, case, complete):
+STATES = [(case, state) for case in OTHERS for state in ("begun", "complete")]
+
+
+@pytest.mark.parametrize(
+    ("case", "state"),
+    mostly_slow(STATES, [each for each in STATES if each[1] == "begun" or each[0] in ("weights", "kernel")]),
+)
+def test_a_file_of_another_kernel_is_refused_and_left_alone(tmp_path, case, state):
     says, given = OTHERS[case]
     file = tmp_path / "theta.npy"
     begun(file)
-    if complete:
+    if state == "complete":
         ntkbench.ntk(net(), inputs(5), file=file, memory=8 * 8 * 36)
     before = file.read_bytes()
     arguments = {"model": net(), "x1": given.get("x", inputs(5))} | {k: v for k, v in given.items() if k != "x"}
@@ -505,6 +511,7 @@ def test_overflow_is_not_written(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["full", "trace"])
+@pytest.mark.slow
 def test_functions_in_jax_give_the_kernel_in_memory(tmp_path, name, computed):
     jnp = pytest.importorskip("jax.numpy")
     params = {"w": np.random.default_rng(0).standard_normal((D, 5)), "v": np.ones((5, 2))}

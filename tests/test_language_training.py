@@ -48,6 +48,7 @@ def jacobian(module: torch.nn.Module, x: np.ndarray) -> dict[str, torch.Tensor]:
     return {name: torch.stack([row[i].flatten() for row in rows]) for i, name in enumerate(theta)}
 
 
+@pytest.mark.slow
 def test_every_step_and_part_matches_the_explicit_theta(table):
     """Against an explicit Theta at the weights that the recipe reaches after as many steps."""
     assert (table["status"] == "ok").all(), table["reason"].unique()
@@ -81,6 +82,7 @@ def test_every_step_and_part_matches_the_explicit_theta(table):
                 assert row["low"] <= row["value"] <= row["high"]
 
 
+@pytest.mark.slow
 def test_the_factors_are_those_of_the_network_at_each_step(table):
     """Against ``Kernel.factors`` at the weights of a step: K exactly, P P* within twice the width of its interval."""
     definition = problems.define(TINY["problems"][0])
@@ -113,6 +115,7 @@ def problem_of(definition) -> Problem:
     return Problem("tiny", network, definition.x, split(network, weights)[0])
 
 
+@pytest.mark.slow
 def test_parts_add_up_and_cover_all_parameters(table):
     traces = table[table["metric"] == "trace"].pivot(index="step", columns="part", values="value")
     np.testing.assert_allclose(traces[PARTS].sum(axis=1), traces[study.WHOLE], rtol=1e-10)
@@ -184,6 +187,7 @@ def test_the_course_of_a_recipe_follows_its_training():
     assert any(abs(seen[-1][1] - loss) < 1e-6 for loss in losses), "of the last batch, after the last step"
 
 
+@pytest.mark.slow
 def test_the_figure_shows_the_values_of_the_table(table, tmp_path):
     made = figures.draw(NAME, table, tmp_path)
     caption, plotted = made[1].read_text(), pd.read_csv(made[0])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import metrics_of, written_out
+from conftest import metrics_of, mostly_slow, written_out
 from scipy import stats
 from torch import nn
 
@@ -102,8 +102,13 @@ def test_samples_with_most_of_the_kernel_leave_little_error(method, batch, most)
         assert "% of" in each["norm"].notes[0]
 
 
-@pytest.mark.parametrize("method", [STRUCTURED, "block_u_statistics", "sample_subset"])
-@pytest.mark.parametrize("batch", ["even", "imbalanced"])
+@pytest.mark.parametrize(
+    ("batch", "method"),
+    mostly_slow(
+        [(batch, m) for batch in ("even", "imbalanced") for m in (STRUCTURED, "block_u_statistics", "sample_subset")],
+        {("even", STRUCTURED), ("imbalanced", "block_u_statistics"), ("imbalanced", "sample_subset")},
+    ),
+)
 def test_even_batches_have_no_notes(method, batch):
     for each in found(method, batch, 8, 20):
         assert not each["norm"].notes

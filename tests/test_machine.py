@@ -104,6 +104,7 @@ def test_a_cache_that_cannot_be_written_is_no_failure(empty):
     assert machine.speeds(TARGET, clock=Clock(0.05)).call > 0
 
 
+@pytest.mark.slow
 def test_importing_and_estimating_measure_nothing(empty):
     code = (
         "import torch, ntkbench, ntkbench.cost; from ntkbench.cost import machine\n"

@@ -45,20 +45,29 @@ def pairs(chosen: list[Method]) -> list[Any]:
     return [pytest.param(m, backend, id=f"{m.name}-{backend}") for m in chosen for backend in m.backends]
 
 
-def triples(chosen: list[Method], in_jax: str = "last") -> list[Any]:
-    """Every metric of every method in torch; in JAX the last one, or the first and the last one, marked slow.
+def triples(chosen: list[Method]) -> list[Any]:
+    """Every metric of every method in torch, and the last one in JAX; all but the first and the last in torch are slow.
 
-    Compilation takes most of the time in JAX, and all metrics follow from the moments of the last one, which is the
-    alignment where there is one. ``test_function.py`` estimates all metrics in JAX.
+    The last one is the alignment where there is one. Compilation takes most of the time in JAX; ``test_function.py``
+    estimates all metrics there, and :func:`test_traces_are_unbiased` traces.
     """
     found = []
     for m in chosen:
-        of_jax = m.metrics[-1:] if in_jax == "last" else dict.fromkeys((*m.metrics[:1], *m.metrics[-1:]))
         for backend in m.backends:
-            mark = pytest.mark.slow if backend == "jax" else ()
-            for metric in of_jax if backend == "jax" else m.metrics:
+            for metric in m.metrics[-1:] if backend == "jax" else m.metrics:
+                mark = pytest.mark.slow if backend == "jax" or metric in m.metrics[1:-1] else ()
                 found.append(pytest.param(m, backend, metric, id=f"{m.name}-{backend}-{metric}", marks=mark))
     return found
+
+
+def crossed(cases: list[Any], others: tuple[Any, ...], in_jax: Any) -> list[Any]:
+    """Each case of :func:`triples` with each of the other values, of which only ``in_jax`` is tried in JAX."""
+    return [
+        pytest.param(*case.values, other, id=f"{case.id}-{other}", marks=case.marks)
+        for case in cases
+        for other in others
+        if case.values[1] != "jax" or other == in_jax
+    ]
 
 
 def doubles(chosen: list[Method]) -> list[Any]:
@@ -107,7 +116,7 @@ def test_a_method_that_does_not_apply_is_skipped_and_does_not_fail(method, label
         assert outcomes.of_exception(refusal) == (outcomes.SKIPPED, str(refusal))
 
 
-@pytest.mark.parametrize(("method", "backend", "metric"), triples(ALL, in_jax="first and last"))
+@pytest.mark.parametrize(("method", "backend", "metric"), triples(ALL))
 @pytest.mark.slow
 def test_methods_keep_their_contract(method, backend, metric):
     testing.check_method(method.name, backend, metric)
@@ -176,10 +185,14 @@ def narrow(forward_mode: bool) -> Problem:
     return Problem("reverse_only", module, smooth.x, smooth.theta_0, smooth.theta_f, squares_in_jax)
 
 
-@pytest.mark.parametrize("forward_mode", [True, False])
-@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC))
+@pytest.mark.parametrize(
+    ("method", "backend", "metric", "forward_mode"), crossed(triples(STOCHASTIC), (True, False), in_jax=False)
+)
 def test_no_method_exceeds_its_budget_with_or_without_forward_mode(method, backend, metric, forward_mode):
-    """A JVP takes two passes without forward mode; a budget that is too small for that is refused in one line."""
+    """A JVP takes two passes without forward mode; a budget that is too small for that is refused in one line.
+
+    :func:`test_methods_keep_their_contract` checks budgets in JAX with forward mode.
+    """
     problem, target, done = narrow(forward_mode), Target(backend, "float64", "cpu"), 0
     if method.unsupported_reason(problem, metric, target, 10**6):
         pytest.skip("does not apply")
@@ -222,7 +235,14 @@ def test_spectra_and_solutions_by_products_keep_their_budget(forward_mode, backe
         assert solve.of_operator(j, y, ridge=1e3, rtol=1e-3, passes=passes).passes <= passes
 
 
-@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC))
+OF_JAX = ("block_u_statistics", "hutchinson", "hutchpp")
+"""One method of each kind: pairs of probes, single probes, and a sketch."""
+
+
+@pytest.mark.parametrize(
+    ("method", "backend", "metric"),
+    [case for case in triples(STOCHASTIC) if case.values[1] != "jax" or case.values[0].name in OF_JAX],
+)
 def test_no_interval_is_narrower_than_rounding(method, backend, metric):
     """With one output per sample some methods have no other error, but they do not reach every tolerance."""
     problem, target = testing.smooth_problem("one_each", 4, 3, 5, 1), Target(backend, "float32", "cpu")
@@ -348,7 +368,7 @@ def test_hutchpp_is_exact_once_the_sketch_spans_theta(backend, metric):
     assert few.value != pytest.approx(truth("tanh_net")[metric], rel=1e-9)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", mostly_slow(BACKENDS, 1))
 def test_shared_probe_alignment_is_exact_with_one_probe_per_output(backend):
     method = methods.get("shared_probe_alignment")
     estimate = method.estimate(prepared(method, "tanh_net", backend), "alignment", 4 * 8, 0)
@@ -362,9 +382,13 @@ def test_shared_probe_alignment_has_no_error_when_it_is_exact():
     assert estimate.standard_error == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("label", ["tanh_net", "digits_mlp[N=4]"])
+@pytest.mark.parametrize(
+    ("label", "metric", "backend"),
+    [
+        *((label, metric, "torch") for label in ("tanh_net", "digits_mlp[N=4]") for metric in METRICS),
+        *(("tanh_net", metric, "jax") for metric in ("trace", "alignment")),
+    ],
+)
 def test_sum_of_logits_is_the_pntk_times_the_identity(label, metric, backend):
     problem, method = loaded(label), methods.get("sum_of_logits")
     thetas = []
@@ -413,9 +437,12 @@ def one_dimensional(which: str) -> Problem:
     return Problem("one_parameter", ends[0], np.array([[1.0], [-2.0], [0.5]], np.float32), *weights, forward)
 
 
-@pytest.mark.parametrize("which", ["output", "parameter"])
-@pytest.mark.parametrize(("method", "backend", "metric"), triples(STOCHASTIC))
+@pytest.mark.parametrize(
+    ("method", "backend", "metric", "which"),
+    crossed(triples(STOCHASTIC), ("output", "parameter"), in_jax="parameter"),
+)
 def test_errors_are_known_where_one_probe_spans_the_space(method, backend, metric, which):
+    """One output is not tried in JAX: ``test_deflation.py`` has the estimators on explicit Jacobians of one row."""
     problem, target, done = one_dimensional(which), Target(backend, "float64", "cpu"), 0
     if method.unsupported_reason(problem, metric, target, 10**6):
         pytest.skip("does not apply")

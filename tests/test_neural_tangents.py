@@ -117,9 +117,10 @@ def test_trace_has_a_program_of_its_own(name, dtype):
     assert (type(estimate.value), estimate.standard_error, estimate.passes) == (float, None, None)
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("outputs", mostly_slow([3, 64, 70], 1))
-def test_traces_are_certified_however_many_outputs_there_are(name, outputs, monkeypatch):
+@pytest.mark.parametrize(
+    ("outputs", "name"), mostly_slow([(n, name) for n in (3, 64, 70) for name in METHODS], {(3, METHODS[2])})
+)
+def test_traces_are_certified_however_many_outputs_there_are(outputs, name, monkeypatch):
     problem = problems.load(f"fc_relu[N=3,O={outputs},width=8,depth=1]")
     prepared = methods.get(name).prepare(problem, target())
     assert methods.get(name).estimate(prepared, "trace").certificate < 1e-12
@@ -136,7 +137,7 @@ def test_traces_are_certified_however_many_outputs_there_are(name, outputs, monk
     base.neural_tangents._compiled.cache_clear()
 
 
-@pytest.mark.parametrize("outputs", [1, 70])
+@pytest.mark.parametrize("outputs", mostly_slow([70, 1], 1))
 def test_the_certificate_of_a_trace_covers_all_samples(outputs):
     """The programs take each sample alone, and the first ones do not show that another changes them."""
     import jax
@@ -283,7 +284,7 @@ def test_scans_are_found_wherever_they_are(tiny):
     assert steps(lambda w, x: jax.lax.fori_loop(0, 6, lambda i, x: x * w["0.bias"][0], x)) == 6
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", mostly_slow(METHODS, 1))
 def test_a_program_over_the_memory_limit_is_not_run(tiny, name):
     method = methods.get(name)
     small, large = (dataclasses.replace(target(), program_memory=limit) for limit in (1000, 2**30))

@@ -151,7 +151,7 @@ def test_few_features_on_a_side_are_noted():
 # --- unbiased, with the published scaling
 
 
-@pytest.mark.parametrize("name", UNBIASED)
+@pytest.mark.parametrize("name", mostly_slow(UNBIASED, {"dense_jl", "sparse_jl", "kronecker_projection"}))
 def test_gram_matrix_and_moments_are_unbiased_over_seeds(name):
     J, J_f = jacobians()
     thetas = J @ J.T, J_f @ J_f.T
@@ -483,6 +483,7 @@ def table():
     )
 
 
+@pytest.mark.slow
 def test_the_study_has_a_row_for_each_method_and_size(table):
     refused = table[table["status"] != "ok"]
     assert list(zip(refused["method"], refused["passes"], refused["status"], strict=True)) == [
@@ -500,6 +501,7 @@ def test_the_study_has_a_row_for_each_method_and_size(table):
     assert (by.loc["gram_forward", "norm_unbiased"] > 0).all()
 
 
+@pytest.mark.slow
 def test_the_figure_states_its_result(table, tmp_path):
     figures.draw("projections", table, tmp_path)
     said = (tmp_path / "projections.txt").read_text()
@@ -515,6 +517,7 @@ def test_the_figure_keeps_its_contract(table):
     testing.check_figure("projections", table)
 
 
+@pytest.mark.slow
 def test_a_method_is_named_only_where_the_choice_is_certain(table):
     """It must be faster than every exact kernel, and more accurate than the other methods that are."""
     rows = table[table["status"] == "ok"]
@@ -533,6 +536,7 @@ def test_a_method_is_named_only_where_the_choice_is_certain(table):
     assert figure._title(within).endswith("give the Gram matrix to 17 % at best")
 
 
+@pytest.mark.slow
 def test_biases_of_deterministic_methods_are_those_of_their_estimates(table):
     by = table[table["status"] == "ok"].set_index("method")
     problem = problems.load("digits_conv[N=2]")
@@ -581,6 +585,7 @@ def test_networks_that_a_method_does_not_cover_are_skipped_with_a_reason():
         study._check(small, problem, "kfoc")
 
 
+@pytest.mark.slow
 def test_the_page_has_the_largest_number_of_features(table):
     said = readme.projections(SimpleNamespace(read=lambda _: table))
     row = table[(table["method"] == "dense_jl") & (table["k"] == 128)].iloc[0]

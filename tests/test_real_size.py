@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from conftest import mostly_slow
 from live_bytes import LiveBytes
 
 from ntkbench import ladder, metrics, problems
@@ -10,6 +11,7 @@ from ntkbench.options import Options, Target
 from ntkbench.studies import base, real_size
 
 
+@pytest.mark.slow
 def test_a_call_has_its_interval_its_time_and_its_memory():
     cases = [
         {"problem": "transformer_tiny", "metric": "trace", "rtol": 0.2},
@@ -37,9 +39,11 @@ def test_a_goal_is_met_only_within_all_of_its_limits(width, seconds, memory, met
     assert real_size._meets(real_size.Case(problem="transformer_tiny"), width, seconds, memory) is None
 
 
-@pytest.mark.parametrize("head", ["tied", "untied"])
-@pytest.mark.parametrize("metric", ["trace", "alignment"])
-def test_a_call_holds_no_more_than_its_memory_and_the_weights(head, metric):
+@pytest.mark.parametrize(
+    ("metric", "head"),
+    mostly_slow([("trace", "tied"), ("alignment", "untied"), ("trace", "untied"), ("alignment", "tied")], 1),
+)
+def test_a_call_holds_no_more_than_its_memory_and_the_weights(metric, head):
     problem = problems.load(f"transformer_tiny[N=2,T=8,V=100,d=24,head={head}]")
     target = Target("torch", "float32", "cpu", 2**21)
     call = lambda: ladder.estimates(problem, (metric,), target, Options(rtol=0.3), base.preparing(problem, target))  # noqa: E731

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from conftest import metrics_of, written_out
+from conftest import metrics_of, mostly_slow, written_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -197,7 +197,9 @@ def test_squares_of_gradients_are_right_in_either_order(T, hidden, inputs):
     assert off(j.sample_squares(v), (gradients**2).sum(-1)) < 1e-10
 
 
-@pytest.mark.parametrize(("kind", "backend"), [*((kind, "torch") for kind in KINDS), ("lstm", "jax")])
+@pytest.mark.parametrize(
+    ("kind", "backend"), mostly_slow([*((kind, "torch") for kind in KINDS), ("lstm", "jax")], len(KINDS))
+)
 def test_a_prefix_is_the_network_on_shorter_sequences(kind, backend):
     p = problem(kind)
     short = Problem(p.name, p.module, p.x[:, :3], p.theta_0, p.theta_f, p.jax_forward)
@@ -218,7 +220,7 @@ def test_weights_are_those_of_torch_layers(kind):
     assert off(j.vjp(u), k.vjp(u)) < 1e-12
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, {"lstm", "ctrnn"}))
 def test_both_backends_compute_one_network(kind):
     p = problem(kind, outputs=2)
     weights = {key: w.astype("f8") for key, w in p.theta_0.items()}

@@ -568,6 +568,7 @@ def test_a_folder_of_too_many_files_is_refused(folder, monkeypatch):
     assert os.environ[outside.VARIABLE] == str(folder)
 
 
+@pytest.mark.slow
 def test_plug_ins_of_installed_packages_are_found(folder):
     folder.joinpath("__init__.py").write_text("raise SystemExit('it is not imported')", encoding="utf-8")
     info = folder.parent / "of_mine-1.0.dist-info"

@@ -234,6 +234,7 @@ def test_a_run_without_results_has_a_page(tmp_path):
     assert "<h2" not in report.page([], "No table")
 
 
+@pytest.mark.slow
 def test_signature_figures_come_before_the_cells_and_the_others_after(table, tmp_path):
     table.to_csv(tmp_path / "table.csv", index=False)
     names = ("coverage", "method_map", "time_to_accuracy")
@@ -263,12 +264,14 @@ def committed():
     return table, report.answer(table)
 
 
+@pytest.mark.slow
 def test_the_committed_table_has_no_errors():
     table, answer = committed()
     assert "error" not in {check.severity for check in quality.checks(table)}
     assert [part["metric"] for part in answer] == ["trace", "norm", "effective rank", "alignment"]
 
 
+@pytest.mark.slow
 def test_the_committed_report_is_of_the_committed_table():
     page = (paths.REFERENCE / "report.html").read_text(encoding="utf-8")
     table, answer = committed()

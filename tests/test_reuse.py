@@ -168,7 +168,7 @@ def test_a_network_of_a_known_structure_is_not_traced_again(kind, traces):
     assert engine.fallbacks() == LayerwiseKernel(model, weights(model), x, 2**30).fallbacks()
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(sizes=st.lists(st.integers(1, 5), min_size=2, max_size=4), N=st.tuples(st.integers(1, 4), st.integers(1, 4)))
 def test_other_numbers_of_samples_use_the_same_trace(sizes, N):
     torch.manual_seed(0)

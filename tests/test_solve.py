@@ -215,7 +215,8 @@ def test_regression_predicts_other_inputs_as_numpy_does(memory):
     np.testing.assert_allclose(own.values, y.numpy(), atol=1e-5)
 
 
-def test_functions_in_jax_and_groups_of_parameters_are_solved():
+@pytest.mark.slow
+def test_functions_in_jax_are_solved():
     jnp = pytest.importorskip("jax.numpy")
     weights = {"w": jnp.asarray(np.arange(12.0).reshape(4, 3) / 10, "float32"), "b": jnp.zeros(3, "float32")}
     x, y = np.asarray(X, "float32"), np.asarray(Y[:5], "float32")
@@ -227,6 +228,9 @@ def test_functions_in_jax_and_groups_of_parameters_are_solved():
     predicted = kernel.regress(np.asarray(X2, "float32"), y, ridge=1.0).values
     np.testing.assert_allclose(predicted.reshape(-1), between @ expected, rtol=1e-3, atol=1e-4)
     assert kernel.spectrum(2).largest == pytest.approx(np.linalg.eigvalsh(matrix)[-1], rel=1e-4)
+
+
+def test_groups_of_parameters_are_solved():
     groups = ntkbench.solve(net(), X, Y[:5], ridge=1.0, parameters={"first": "0.*", "last": "2.*"})
     assert list(groups) == ["first", "last"]
 
@@ -288,6 +292,7 @@ def test_a_batch_of_one_sample_does_not_hide_that_samples_interact(given):
         np.testing.assert_allclose(found.values.reshape(-1), expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_one_sample_of_a_function_in_jax_does_not_hide_that_samples_interact():
     jnp = pytest.importorskip("jax.numpy")
 

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import mostly_slow
 
 import ntkbench
 from ntkbench import methods, metrics, problems, testing
@@ -184,7 +185,7 @@ def test_products_give_the_largest_eigenvalue_to_within_their_residual(backend):
     assert more.standard_error <= method.rtol * truth and more.interval()[1] >= truth
 
 
-@pytest.mark.parametrize("passes", [32, 64, 640])
+@pytest.mark.parametrize("passes", mostly_slow([32, 640, 64], 1))
 def test_intervals_of_the_entropy_effective_rank_by_products_cover_it(passes):
     problem, method = decaying(), methods.get("block_lanczos")
     truth = by_definition(kernel(problem))["entropy_effective_rank"]

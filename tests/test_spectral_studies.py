@@ -63,6 +63,7 @@ def spectral():
     return measured("spectra", **given)
 
 
+@pytest.mark.slow
 def test_the_study_of_spectra_has_a_row_for_each_method_budget_and_quantity(spectral):
     assert set(spectral["status"]) == {"ok"}, spectral["reason"].unique()
     found = {m: set(rows["quantity"]) for m, rows in spectral.groupby("method")}
@@ -114,6 +115,7 @@ def test_rivals_are_right_where_they_have_enough_passes():
         spectra.Matfree(dataclasses.replace(problem, jax_forward=None), "float64", 20)
 
 
+@pytest.mark.slow
 def test_the_figure_of_spectra_states_its_result(spectral, tmp_path):
     figures.draw("spectra", spectral, tmp_path)
     said = (tmp_path / "spectra.txt").read_text()
@@ -126,6 +128,7 @@ def test_the_figure_of_spectra_states_its_result(spectral, tmp_path):
     assert len(pd.read_csv(tmp_path / "spectra.csv")) == len(spectral)
 
 
+@pytest.mark.slow
 def test_a_method_leads_only_where_that_is_certain(spectral):
     """In time and in accuracy, on every problem."""
     points = spectral.assign(calls=5, seconds_q25=spectral["seconds"], seconds_q75=spectral["seconds"])
@@ -258,6 +261,7 @@ def ranks():
     return measured("effective_ranks", problems=["resnet18[N=4,O=3,width=2]", "digits_mlp[N=4]"])
 
 
+@pytest.mark.slow
 def test_the_study_of_effective_ranks_names_the_kernel(ranks):
     reasons = ranks.groupby("problem")["reason"].unique()
     assert set(reasons["digits_mlp[N=4]"]) == {"digits_mlp[N=4] has no BatchNorm with statistics"}
@@ -270,6 +274,7 @@ def test_the_study_of_effective_ranks_names_the_kernel(ranks):
         assert rows[case, "calibrated", "theta"] != pytest.approx(rows[case, "uncalibrated", "theta"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_figure_of_effective_ranks_states_its_result(ranks, tmp_path):
     figures.draw("effective_ranks", ranks, tmp_path)
     good = ranks[ranks["status"] == "ok"]

@@ -268,15 +268,21 @@ FRAMES = {
 }
 
 
-@pytest.mark.parametrize("memory", [2**30, 40_000])
+@pytest.mark.parametrize("memory", [2**30, 9000])
 @pytest.mark.parametrize("kind", FRAMES)
 def test_convolutions_of_several_images_of_a_sample(kind, memory):
     torch.manual_seed(0)
     make, shape = FRAMES[kind]
-    model = Call(make(), lambda f, x: f(x.flatten(0, 1)).tanh().flatten(1).unflatten(0, (len(x), -1)).mean(1))
+
+    def mean(f, x):
+        """The mean over the images of a sample, at every fifth output."""
+        return f(x.flatten(0, 1)).tanh().flatten(1).unflatten(0, (len(x), -1)).mean(1)[:, ::5]
+
+    model = Call(make(), mean)
     x = torch.randn(3, 2, *shape)
     assert not holds(model, x, memory).fallbacks()
-    theta = jacobian(model, x.double()) @ jacobian(model, x.double()).T
+    J = jacobian(model, x.double())
+    theta = J @ J.T
     found = ntkbench.norm(model, x.double(), method="structured_derivatives", memory=memory)
     assert float(found) == pytest.approx(float(theta.norm()), rel=1e-10)
 

@@ -24,6 +24,7 @@ def test_freed_memory_counts_for_the_call_that_takes_it_again():
     assert peak is None or 0.9 < peak / (size * count) < 2
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_holds_for_all_libraries_and_later_imports():
     code = """
 import json, numpy, threadpoolctl, torch

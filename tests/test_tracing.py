@@ -324,7 +324,9 @@ def residual(energy, x):
     [
         residual,
         lambda energy, x: torch.func.vmap(torch.func.grad(energy))(x),
-        lambda energy, x: torch.func.vmap(torch.func.hessian(energy))(x).flatten(1),
+        pytest.param(
+            lambda energy, x: torch.func.vmap(torch.func.hessian(energy))(x).flatten(1), marks=pytest.mark.slow
+        ),
         lambda energy, x: torch.func.jvp(energy, (x,), (x.cos(),))[1][:, None],
     ],
     ids=["autograd.grad", "func.grad", "func.hessian", "func.jvp"],

@@ -33,6 +33,12 @@ def table() -> pd.DataFrame:
     return studies.run(NAME, studies.settings(NAME, TINY)).assign(**PROVENANCE)
 
 
+@pytest.fixture(scope="module")
+def one_kernel() -> pd.DataFrame:
+    sizes = TINY | {"outputs": [8], "ranks": [3], "shares": [0], "seeds": 12}
+    return studies.run(NAME, studies.settings(NAME, sizes)).assign(**PROVENANCE)
+
+
 def theta_of(kernel: Kernel) -> np.ndarray:
     """Theta of the network with this kernel, by the library."""
     problem = kernel.problem(8, 1)
@@ -152,6 +158,7 @@ def test_measured_errors_match_theory(table):
     assert ratios.median() == pytest.approx(1, abs=0.08)
 
 
+@pytest.mark.slow
 def test_one_row_for_each_kernel_method_and_budget(table):
     kernels = studies.settings(NAME, TINY).kernels()
     assert len(kernels) == 6 and len(table.drop_duplicates(["O", "rank", "share"])) == 6
@@ -284,6 +291,7 @@ def test_the_boundary_of_the_trace_is_where_the_rule_of_thumb_says():
     assert figure.predicted_passes(kernel, "trace", "per-sample", error) == pytest.approx(256, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_figure_names_the_winners(table, tmp_path):
     made = figures.draw(NAME, table, tmp_path)
     plotted = pd.read_csv(made[0])
@@ -298,6 +306,7 @@ def test_the_figure_names_the_winners(table, tmp_path):
     assert f"Exact surely takes the least seconds in {len(wins)} of 36 cases (" in caption and "nan" not in caption
 
 
+@pytest.mark.slow
 def test_extrapolated_points_are_hollow_and_the_measured_ones_counted(table):
     with plotting.style():
         drawing = figure.draw(plotting.checked_study(table.assign(rms=table["rms"] / 4), figure.COLUMNS))
@@ -317,6 +326,7 @@ def test_extrapolated_points_are_hollow_and_the_measured_ones_counted(table):
 
 
 @pytest.mark.parametrize(("factor", "extrapolated"), [(1e-9, 0), (1e3, 3)])
+@pytest.mark.slow
 def test_the_title_marks_errors_to_which_costs_are_extrapolated(table, factor, extrapolated):
     with plotting.style():
         drawing = figure.draw(plotting.checked_study(table.assign(rms=table["rms"] * factor), figure.COLUMNS))
@@ -324,13 +334,14 @@ def test_the_title_marks_errors_to_which_costs_are_extrapolated(table, factor, e
 
 
 @pytest.mark.parametrize("metric", ["trace", "norm"])
-def test_one_metric_and_one_kernel_are_drawn_too(table, metric):
-    few = table[(table["metric"] == metric) & (table["O"] == 8) & (table["rank"] == 3) & (table["share"] == 0)]
+def test_one_metric_and_one_kernel_are_drawn_too(one_kernel, metric):
+    few = one_kernel[one_kernel["metric"] == metric]
     with plotting.style():
         drawing = figure.draw(plotting.checked_study(few, figure.COLUMNS))
     assert set(drawing.plotted["metric"]) == {metric} and len(drawing.plotted) >= 9
 
 
+@pytest.mark.slow
 def test_a_figure_without_values_says_so(table, tmp_path):
     numbers = ["rms", "seconds"]
     lost = table.assign(status="failed", reason="$x$ was not there", **dict.fromkeys(numbers, np.nan))
