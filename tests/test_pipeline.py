@@ -125,7 +125,18 @@ def test_every_study_has_a_table_with_its_provenance(results):
     for name in RUN.studies:
         table = pd.read_csv(results / "studies" / f"{name}.csv")
         assert "ok" in set(table["status"]) <= {"ok", "skipped"}
-        for column in ("git_sha", "machine", "device", "threads", "fingerprint", "seeds", "calls"):
+        assert "reason" in table
+        for column in (
+            "git_sha",
+            "git_dirty",
+            "machine",
+            "device",
+            "dtype",
+            "threads",
+            "fingerprint",
+            "seeds",
+            "calls",
+        ):
             assert column in table and table.loc[table["status"] == "ok", column].notna().all(), column
 
 
