@@ -70,7 +70,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module", autouse=True)
 def processors() -> Iterator[None]:
-    """Restore the CPU affinity and the one thread of torch.
+    """Restore the CPU affinity, and set torch back to one thread.
 
     A study with one thread pins the process to one core, and other files need two. Studies and scripts also set the
     number of torch's threads, which would slow down the small problems of other files.

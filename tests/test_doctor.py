@@ -7,8 +7,10 @@ import shutil
 import sys
 
 import pytest
+from click.testing import CliRunner
 
-from ntkbench import doctor, methods, paths, registry
+from ntkbench import doctor, methods, paths, problems, registry
+from ntkbench.cli import main
 from ntkbench.errors import NtkbenchError
 from ntkbench.problems.base import storage
 
@@ -49,6 +51,15 @@ def test_a_broken_plug_in_is_named_with_file_and_line(one_kind, monkeypatch, tmp
     found = doctor.diagnose()
     assert found.faults == [f"method 'torn' is broken: {tmp_path / 'torn.py'}:2: SyntaxError: invalid syntax"]
     assert list(found.lines())[-1] == f"BROKEN: {found.faults[0]}"
+
+
+def test_the_command_fails_for_a_plug_in_that_ends_whoever_imports_it(monkeypatch, tmp_path):
+    (tmp_path / "unreadable.py").write_text("raise SystemExit('bye')\n")
+    monkeypatch.setattr(problems, "__path__", [*problems.__path__, str(tmp_path)])
+    monkeypatch.setattr(registry, "PACKAGES", {"problem": "ntkbench.problems"})
+    monkeypatch.setattr(doctor, "BACKENDS", ())
+    done = CliRunner().invoke(main.commands["doctor"])
+    assert done.exit_code == 1 and "unreadable.py" in done.output and "SystemExit: bye" in done.output
 
 
 @pytest.mark.parametrize("name", ["exact/digits_conv.json", "weights/digits_conv.npz"])

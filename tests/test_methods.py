@@ -442,7 +442,7 @@ def one_dimensional(which: str) -> Problem:
     crossed(triples(STOCHASTIC), ("output", "parameter"), in_jax="parameter"),
 )
 def test_errors_are_known_where_one_probe_spans_the_space(method, backend, metric, which):
-    """One output is not tried in JAX: ``test_deflation.py`` has the estimators on explicit Jacobians of one row."""
+    """One output is not tried in JAX; in PyTorch all methods are."""
     problem, target, done = one_dimensional(which), Target(backend, "float64", "cpu"), 0
     if method.unsupported_reason(problem, metric, target, 10**6):
         pytest.skip("does not apply")

@@ -6,24 +6,16 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from click.testing import CliRunner
 from conftest import checkout, run_snakemake
 from plugins.misbehaving import FIRST, WAYS
 
-from ntkbench import doctor, paths, problems, registry
-from ntkbench.cli import main
+from ntkbench import paths
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 PROBLEM = "mlp_hazelden[N=2]"
-ALIKE = (
-    *("value is inf", "value is a str", "value is a complex", "value is a ndarray of shape (2,)"),
-    *("passes is nan", "standard_error is inf", "returned a float"),
-    *("exit status 7", "Ü without a message", "its message cannot be read"),
-    *("OverMemory without a message", "CUDA out of memory"),
-)
-"""Reasons of cases that end like others of :data:`WAYS`, and that test_seeds.py and test_outcomes.py have."""
-BUDGETS = [FIRST + i for i, (_, reason, _) in enumerate(WAYS) if reason not in ALIKE]
+# Other reasons are in test_seeds.py and test_outcomes.py.
+BUDGETS = [FIRST + i for i in range(len(WAYS))]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +33,7 @@ def finished(tmp_path_factory):
         "threads": 1,
         "seeds": 3,
         "calls": 2,
-        "limits": {"time_s": 8, "memory_mb": 1000, "problem_s": 6},
+        "limits": {"time_s": 8, "memory_mb": 1500, "problem_s": 6},
         "grid": [
             {"problems": [PROBLEM], "methods": ["misbehaving"], "metrics": ["trace"], "passes": BUDGETS},
             {
@@ -130,15 +122,6 @@ def test_a_second_run_measures_nothing_again(finished):
     code, _, err = run_snakemake(root, "--configfile", str(config), root=root)
     assert code == 0, err
     assert (folder / "shards" / "shard-0.journal").read_bytes() == before
-
-
-def test_doctor_reports_an_unreadable_plug_in(monkeypatch, tmp_path):
-    (tmp_path / "unreadable.py").write_text(UNREADABLE, encoding="utf-8")
-    monkeypatch.setattr(problems, "__path__", [*problems.__path__, str(tmp_path)])
-    monkeypatch.setattr(registry, "PACKAGES", {"problem": "ntkbench.problems"})  # one kind and no backend are quick
-    monkeypatch.setattr(doctor, "BACKENDS", ())
-    done = CliRunner().invoke(main.commands["doctor"])
-    assert done.exit_code == 1 and "unreadable.py" in done.output and "SystemExit" in done.output
 
 
 UNREADABLE = '''

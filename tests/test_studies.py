@@ -455,7 +455,7 @@ def test_programs_of_too_many_operations_are_rows_with_a_reason_and_their_memory
     lower, known = programs.lowered, {}
 
     def lowered(name, forward, weights, x):
-        """Shapes determine a program, so both runs lower and compile the same ones."""
+        """Both runs lower and compile the same programs; the test is that the rows of both have the memory."""
         key = (name, *weights.items(), x)
         if key not in known:
             known[key] = lower(name, forward, weights, x)

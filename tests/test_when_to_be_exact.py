@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -320,8 +321,17 @@ def test_extrapolated_points_are_hollow_and_the_measured_ones_counted(table):
     assert f"{count} of {len(estimates)} estimates are measured" in drawing.caption
     assert len(drawing.caption.split()) <= 60
     assert "hollow" in " ".join(text.get_text() for key in drawing.figure.legends for text in key.get_texts())
-    assert drawing.title.startswith("Of 12 cases, exact surely takes the fewest passes to 10 % in ")
-    assert " of all 36 are undecided" in drawing.title
+    kernels = drawing.plotted[drawing.plotted["family"] == "exact"]
+    for error, words in figure.TOLERANCES.items():
+        wins = ((kernels["error"] == error) & (kernels["winner_in_passes"] == "exact")).sum()
+        assert re.search(rf"^Of 12 cases, exact surely takes the fewest passes .*to {words} in {wins}\b", drawing.title)
+    sure = figure.tasks.SURE
+    undecided = kernels["chance_of_exact_in_passes"].between(1 - sure, sure, inclusive="neither")
+    assert drawing.title.endswith(f"; {undecided.sum()} of all 36 are undecided")
+    decided = kernels[~undecided]
+    below = decided["N"] * decided["O"] * decided["rank"] < 2 / decided["error"] ** 2
+    right = below == (decided["winner_in_passes"] == "exact")
+    assert f"predicts {100 * right.mean():.0f} % of cases decided in passes" in drawing.caption
     assert "median" not in drawing.figure.texts[1].get_text(), "errors are root mean squares"
 
 

@@ -113,7 +113,7 @@ def test_a_pntk_of_a_deep_network_holds_no_more_than_the_memory(name, metric):
     net = seeded(lambda: residual.network(18, 10, 2).eval(), 0)
     theta = {key: w.detach().double().numpy() for key, w in net.named_parameters()}
     theta_f = {key: 1.01 * w for key, w in theta.items()}
-    # Here every pair of blocks is recomputed, and gradients of 8 samples at both ends already exceed the memory.
+    # Alignments by sum_of_logits recompute all pairs of blocks; gradients of 8 samples at both ends exceed the memory.
     samples = 8 if (name, metric) == ("sum_of_logits", "alignment") else 16
     x = torch.randn(samples, 3, 16, 16, generator=torch.Generator().manual_seed(0)).numpy()
     problem, method = Problem("deep", net, x, theta, theta_f), methods.get(name)

@@ -121,8 +121,8 @@ def written(text: str, tables: Tables) -> tuple[str, list[str]]:
 def fastest_estimators(tables: Tables) -> str:
     """For each goal of ``time_to_error``: our fastest exact or unbiased method, and the fastest published one.
 
-    "Or tied" says that the interval of another one overlaps. Biased kernels between samples are named if they are
-    faster and their bias is within the error.
+    "Or tied" means that the interval of another method overlaps, or is not known. Biased kernels between samples are
+    named if they are faster and their bias is within the error.
     """
     table = tables.read(HEAD_TO_HEAD["time_to_error"])
     rows = []
@@ -137,7 +137,7 @@ def fastest_estimators(tables: Tables) -> str:
             "" if biased is None or (ours is not None and biased["seconds"] >= ours["seconds"]) else _entrant(biased)
         )
         said = [
-            "none reaches it" if row is None else _entrant(row) + (", or tied" if times.is_tied(rivals) else "")
+            "none reaches it" if row is None else _entrant(row) + (" (or tied)" if times.is_tied(rivals) else "")
             for row, rivals in ((ours, own), (theirs, timed[published]))
         ]
         rows.append([f"`{problem}`", f"{metric.replace('_', ' ')}, {100 * goal:g} %", *said, ratio, faster])

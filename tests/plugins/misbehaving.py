@@ -14,16 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ntkbench.errors import OverMemory, Unavailable
+from ntkbench.errors import Unavailable
 from ntkbench.estimate import Estimate
 from ntkbench.methods.base import Stochastic
-
-
-class Unreadable(Exception):
-    """An error whose message cannot be read."""
-
-    def __str__(self) -> str:
-        raise RuntimeError("no message")
 
 
 class State:
@@ -78,26 +71,12 @@ def close_streams() -> None:
     sys.stderr.close()
 
 
-def allocate_on_gpu() -> None:
-    import torch
-
-    raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-
 WAYS: list[tuple[str, str, Callable[[], Any]]] = [
     ("failed", "RuntimeError: boom", raises(RuntimeError("boom\nsecond line"))),
     ("failed", "value is nan", lambda: {"value": float("nan")}),
-    ("failed", "value is inf", lambda: {"value": float("inf")}),
-    ("failed", "value is a str", lambda: {"value": "text"}),
-    ("failed", "value is a complex", lambda: {"value": 1j}),
-    ("failed", "value is a ndarray of shape (2,)", lambda: {"value": np.ones(2)}),
-    ("failed", "passes is nan", lambda: {"passes": float("nan")}),
-    ("failed", "standard_error is inf", lambda: {"standard_error": float("inf")}),
-    ("failed", "returned a float", lambda: 3.0),
     ("failed", "returned None", lambda: NotImplemented),
     ("failed", "SIGSEGV", lambda: ctypes.string_at(0)),
     ("failed", "exit status 0 and without a result", lambda: os._exit(0)),
-    ("failed", "exit status 7", lambda: os._exit(7)),
     ("failed", "SystemExit: bye", lambda: sys.exit("bye")),
     ("failed", "KeyboardInterrupt", raises(KeyboardInterrupt())),
     ("failed", "the second call fails", fail_later),
@@ -106,13 +85,9 @@ WAYS: list[tuple[str, str, Callable[[], Any]]] = [
     ("failed", "its benchmark server ended", lambda: os.kill(os.getppid(), signal.SIGKILL)),
     ("failed", "SIGTERM", lambda: signal.raise_signal(signal.SIGTERM)),
     ("failed", "SIGKILL", lambda: signal.raise_signal(signal.SIGKILL)),
-    ("failed", "Ü without a message", raises(type("Ü", (Exception,), {})(""))),
-    ("failed", "its message cannot be read", raises(Unreadable())),
     ("timeout", "not finished within", lambda: ctypes.PyDLL(None).sleep(100)),  # holds the interpreter's lock
     ("timeout", "not finished within", lambda: signal.raise_signal(signal.SIGSTOP)),
     ("out_of_memory", "over the limit", hog),
-    ("out_of_memory", "OverMemory without a message", raises(OverMemory(""))),
-    ("out_of_memory", "CUDA out of memory", allocate_on_gpu),
     ("skipped", "Unavailable without a message", raises(Unavailable(""))),
     ("ok", "", lambda: {"value": np.float32(2.0), "passes": np.int64(5)}),
     ("ok", "", lambda: {"notes": ("note <script>", "\n\nx")}),
@@ -144,7 +119,7 @@ class Misbehaving(Stochastic):
     def spend(self, prepared: Any, metric: str, passes: int, seed: int) -> Any:
         State.calls += 1
         changed = WAYS[passes - FIRST][2]()
-        if changed is NotImplemented or isinstance(changed, float):
-            return None if changed is NotImplemented else changed
+        if changed is NotImplemented:
+            return None
         made = {"value": 1.0 + seed, "standard_error": 0.1, "passes": passes, "notes": ()}
         return Estimate(**made | (changed or {}), method=self.name, metric=metric, degrees=5)

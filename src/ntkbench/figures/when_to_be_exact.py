@@ -353,7 +353,7 @@ def _caption(plotted: pd.DataFrame) -> str:
         f"{_is_open(rows, 'seconds').sum()})."
     )
     if len(decided := rows[~_is_open(rows, "passes")]):
-        text += f" N O rank < 2 / error² predicts {100 * _by_rule(decided).mean():.0f} % of decided passes."
+        text += f" N O rank < 2 / error² predicts {100 * _by_rule(decided).mean():.0f} % of cases decided in passes."
     text += f" Below: {estimates['tried'].sum()} of {len(estimates)} estimates are measured; hollow: extrapolated."
     inside = estimates[estimates["tried"] & (estimates["passes"] > 4)]
     if len(inside):
