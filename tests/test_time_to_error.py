@@ -260,6 +260,17 @@ def test_a_method_whose_calls_take_too_long_is_given_up_after_two(monkeypatch):
     assert fake.asked.count(largest) == 2
 
 
+@pytest.mark.parametrize(("seconds", "asked"), [(24.0, True), (26.0, False)])
+def test_other_backends_of_a_method_that_takes_far_too_long_are_not_called(monkeypatch, seconds, asked):
+    fake = Fake(monkeypatch, seconds=lambda passes, call: seconds)
+    first = fake.entrant(0.5)
+    known = first.known(base.row({}, first.search))
+    fake.asked.clear()
+    row = base.row({}, fake.entrant(0.5, known=known).search)
+    assert row["status"] == "skipped" and bool(fake.asked) == asked
+    assert ("its first backend takes 26 s" in row["reason"]) != asked
+
+
 def test_a_method_with_far_too_many_operations_is_not_called(monkeypatch):
     fake = Fake(monkeypatch)
     monkeypatch.setattr(type(methods.get("hutchinson")), "operations", lambda *_: 5e9)

@@ -64,7 +64,7 @@ class Goal(Strict):
         exact: whether the exact value is available.
         patience_s: seconds of one estimate, in place of ``limits.patience_s``. A method that takes longer is not tried
             with a larger budget, and does not take part; one that takes five times as long at its first calls with a
-            budget is abandoned at once.
+            budget is abandoned at once, and its other backends as well if it takes 25 times as long.
     """
 
     problem: ProblemLabel
@@ -171,10 +171,12 @@ class Known(NamedTuple):
     Attributes:
         passes: its budget, or the last one that was tried.
         band: columns of the budget's band; empty if no budget was found.
+        seconds: seconds of the call for which it was abandoned; 0 if it was not abandoned for its first calls.
     """
 
     passes: int
     band: dict[str, Any]
+    seconds: float = 0.0
 
 
 class Truth:
@@ -232,7 +234,7 @@ class Entrant:
         self._backend = backend
         self._known = known
         self._prepared = base.Once(lambda: methods.get(name).prepare(truth.problem(), self._target))
-        self._called, self._last = False, 0
+        self._called, self._last, self._too_long = False, 0, 0.0
         self._seeds = itertools.count()  # no two budgets share one, so that their errors are independent
 
     @property
@@ -249,7 +251,7 @@ class Entrant:
         if row["status"] == outcomes.OK:
             band = {key: row.get(key) for key in ("passes_low", "passes_high", "law_seeds")}
             return Known(row["passes"], band) if row["passes"] else None
-        return Known(self._last, {}) if self._last else None
+        return Known(self._last, {}, self._too_long) if self._last else None
 
     def search(self) -> dict[str, Any]:
         """Columns of the method at the smallest budget that is enough.
@@ -262,6 +264,9 @@ class Entrant:
         reason = method.unsupported_reason(problem, goal.metric, self._target) or method.unscored_reason(problem)
         if reason:
             raise Unavailable(reason)
+        if self._known and self._known.seconds > (most := TOO_LONG**2 * self._patience):
+            taken = f"its first backend takes {self._known.seconds:.2g} s for {_said(self._known.passes)}"
+            raise Unavailable(f"{taken}, over {most / self._patience:g} times patience_s ({self._patience:g})")
         if isinstance(method, Stochastic):
             least = method.least_passes(problem, goal.metric)
             if least > (most := self._settings.most_passes):
@@ -391,7 +396,8 @@ class Entrant:
             if found.seconds[-1] <= longest:
                 break
         else:
-            raise Unavailable(f"{_said(passes)} take {found.seconds[-1]:.2g} s, {spent}")
+            self._too_long = found.seconds[-1]
+            raise Unavailable(f"{_said(passes)} take {self._too_long:.2g} s, {spent}")
         while len(found.seconds) < seeds and (seeds == settings.seeds or not self._is_clear(found)):
             self._add(found, passes, min(LOOK, seeds - len(found.seconds)))
         return found
