@@ -178,15 +178,19 @@ def _bests(goals: list[tuple[Any, pd.DataFrame]]) -> list[tuple[Any, pd.Series, 
 
 def _title(goals: list[tuple[Any, pd.DataFrame]]) -> str:
     """The factors by which the best method here is faster, and the number of tasks on which it surely is."""
-    bests = [best for _, best, rival in _bests(goals) if rival is not None and math.isfinite(_times(best))]
+    pairs = [(best, rival) for _, best, rival in _bests(goals) if rival is not None and math.isfinite(_times(best))]
+    bests = [best for best, _ in pairs]
     if not any((rows["role"] == "published").any() for _, rows in goals):
         return "No published method reaches any of these errors"
     if not bests:
         return "Seconds until a metric reaches a given error"
-    faster, slower = (sum(band[0] > 1 for band in map(_band, bests)), sum(band[1] < 1 for band in map(_band, bests)))
+    faster = sum(_band(best)[0] > 1 for best in bests)
+    slower = [rival["kind"] for best, rival in pairs if _band(best)[1] < 1]
+    biased = slower.count("approximate")
+    of_these = "" if not biased else ", by a biased kernel" if biased == len(slower) else f", {biased} by a biased kernel"
     return (
         f"To the same error, the best method here is {labels.span(map(_times, bests))} times as fast as the best "
-        f"published one: surely faster on {faster} of {len(bests)} tasks, surely slower on {slower}"
+        f"published one: surely faster on {faster} of {len(bests)} tasks, surely slower on {len(slower)}{of_these}"
     )
 
 
