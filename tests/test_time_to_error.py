@@ -421,7 +421,7 @@ def test_the_rival_of_the_figure_is_the_fastest_published_method_whatever_its_bi
     drawing = drawn(rows)
     assert drawing.plotted.set_index("method").loc["sum_of_logits", "role"] == "published"
     assert "is 0.5 times as fast as the best published one" in drawing.title
-    assert drawing.title.endswith("surely faster on 0 of 1 tasks, surely slower on 1 (1 by a biased kernel)")
+    assert drawing.title.endswith("surely faster on 0 of 1 tasks, surely slower on 1 (1 against a biased kernel)")
 
 
 def test_the_figure_says_where_no_published_method_reaches_the_goal():

@@ -187,7 +187,7 @@ def _title(goals: list[tuple[Any, pd.DataFrame]]) -> str:
     faster = sum(_band(best)[0] > 1 for best in bests)
     slower = [rival["kind"] for best, rival in pairs if _band(best)[1] < 1]
     biased = slower.count("approximate")
-    of_these = f" ({biased} by a biased kernel)" if biased else ""
+    of_these = f" ({biased} against a biased kernel)" if biased else ""
     return (
         f"To the same error, the best method here is {labels.span(map(_times, bests))} times as fast as the best "
         f"published one: surely faster on {faster} of {len(bests)} tasks, surely slower on {len(slower)}{of_these}"
