@@ -54,7 +54,8 @@ def test_a_broken_plug_in_is_named_with_file_and_line(one_kind, monkeypatch, tmp
 
 
 def test_the_command_fails_for_a_plug_in_that_ends_whoever_imports_it(monkeypatch, tmp_path):
-    (tmp_path / "unreadable.py").write_text("raise SystemExit('bye')\n")
+    head = "from ntkbench.problems.base import problem\n\n@problem\ndef mine(N: int = 4):\n    return None\n\n"
+    (tmp_path / "unreadable.py").write_text(f"{head}raise SystemExit('bye')\n")
     monkeypatch.setattr(problems, "__path__", [*problems.__path__, str(tmp_path)])
     monkeypatch.setattr(registry, "PACKAGES", {"problem": "ntkbench.problems"})
     monkeypatch.setattr(doctor, "BACKENDS", ())
