@@ -26,17 +26,10 @@ def checkout(tmp_path):
     (tmp_path / "docs").mkdir()
     for page in readme.PAGES:
         shutil.copy(ROOT / page, tmp_path / page)
-    for name in (
-        *readme.HEAD_TO_HEAD.values(),
-        readme.CALIBRATION,
-        readme.AUTO_CHOICE,
-        "default/table",
-        "gpu/large",
-        "claims",
-    ):
-        there = tmp_path / "results" / "reference" / f"{name}.csv"
+    for table in (ROOT / "results" / "reference").rglob("*.csv"):
+        there = tmp_path / table.relative_to(ROOT)
         there.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / "results" / "reference" / f"{name}.csv", there)
+        shutil.copy(table, there)
     return tmp_path
 
 

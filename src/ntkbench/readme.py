@@ -577,14 +577,15 @@ def language_training(tables: Tables) -> str:
     for part, metrics in last.groupby("part", sort=False):
         of = metrics.set_index("metric")
         aligned = of.loc["alignment"]
+        exact = part == "K"
         rows.append(
             [
                 {"P": "P P*"}.get(str(part), str(part)),
                 f"{aligned['parameters']:,.0f}",
-                f"{aligned['value']:.2g} ({aligned['low']:.2g} to {aligned['high']:.2g})",
+                f"{aligned['value']:.2g}" + ("" if exact else f" ({aligned['low']:.2g} to {aligned['high']:.2g})"),
                 *(
-                    f"{of.loc[metric, 'ratio']:.2g} ± {1.96 * of.loc[metric, 'ratio_standard_error']:.1g}"
-                    for metric in ("effective_rank", "trace", "norm")
+                    f"{row['ratio']:.2g}" + ("" if exact else f" ± {1.96 * row['ratio_standard_error']:.1g}")
+                    for _, row in of.loc[["effective_rank", "trace", "norm"]].iterrows()
                 ),
             ]
         )

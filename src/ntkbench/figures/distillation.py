@@ -57,8 +57,11 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 def _title(compared: pd.DataFrame) -> str:
     others = compared[compared["quantity"] != "alignment"]
-    counts = [f"{(others['verdict'] == verdict).sum()} {verdict}" for verdict in ("better", "worse")]
-    return f"Alignment as a regulariser of distillation: of {len(others)} other differences {' and '.join(counts)}"
+    better, worse = ((others["verdict"] == verdict).sum() for verdict in ("better", "worse"))
+    return (
+        f"With the alignment as a regulariser, distillation is better in {better} of {len(others)} comparisons of "
+        f"{', '.join(others['quantity'].unique())}, and worse in {worse}"
+    )
 
 
 def _caption(points: pd.DataFrame) -> str:

@@ -106,7 +106,10 @@ def _title(shown: pd.DataFrame) -> str:
     half = 1.96 * rank["ratio_standard_error"]
     times = labels.interval_label(rank["ratio"], rank["ratio"] - half, rank["ratio"] + half)
     alignment = labels.interval_label(aligned["value"], aligned["low"], aligned["high"])
-    return f"After {rank['step']:g} steps: alignment with step 0 {alignment}, effective rank {times} times as large"
+    return (
+        f"After {rank['step']:g} steps, the alignment with step 0 is {alignment}, and the effective rank {times} "
+        "times as large"
+    )
 
 
 def _caption(shown: pd.DataFrame) -> str:
