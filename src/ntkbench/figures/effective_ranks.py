@@ -117,7 +117,6 @@ def _caption(points: pd.DataFrame) -> str:
             said.append(f"{words} {labels.span([*rows['effective_rank_low'], *rows['effective_rank_high']])}")
     copies = " Images of CIFAR-10 are JPEG copies." if points["problem"].str.contains("_cifar").any() else ""
     return (
-        "Effective rank (tr A)^2 / ||A||_F^2 of Theta, n x n, and of kernels between samples, N x N, with BatchNorm in "
-        "eval mode; for single logits, the median with the range. Ranges over networks, weights and statistics, which "
-        f"must be named with a rank: {'; '.join(said)}.{copies}"
+        "Effective rank, (tr A)^2/||A||_F^2, of Theta (n x n) and of kernels between samples (N x N), with BatchNorm "
+        f"in eval mode. Single logits: median and range. Over all networks, {'; '.join(said)}.{copies}"
     )

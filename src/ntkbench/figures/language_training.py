@@ -92,17 +92,14 @@ def _axes(panel: Axes, lines: pd.DataFrame, last: float, metric: str) -> None:
 
 def _sizes(shown: pd.DataFrame) -> str:
     one = shown.iloc[0]
-    return f"{one['problem']}: N = {one['N']:g}, O = {one['O']:g}, P = {labels.count_label(one['P'])}"
-
-
-def _last(shown: pd.DataFrame, metric: str, part: str) -> pd.Series:
-    """The row of a metric of a part at its last step."""
-    line = shown[(shown["metric"] == metric) & (shown["part"] == part)]
-    return line.loc[line["step"].idxmax()]
+    return f"{labels.name_label(one['problem'])}: O = {one['O']:g}, P = {labels.count_label(one['P'])}"
 
 
 def _title(shown: pd.DataFrame) -> str:
-    aligned, rank = _last(shown, "alignment", WHOLE), _last(shown, "effective_rank", WHOLE)
+    last = shown[(shown["part"] == WHOLE) & (shown["step"] == shown["step"].max())].set_index("metric")
+    if not {"alignment", "effective_rank"} <= set(last.index):
+        return "The NTK of a transformer along its training"
+    aligned, rank = last.loc["alignment"], last.loc["effective_rank"]
     half = 1.96 * rank["ratio_standard_error"]
     times = labels.interval_label(rank["ratio"], rank["ratio"] - half, rank["ratio"] + half)
     alignment = labels.interval_label(aligned["value"], aligned["low"], aligned["high"])
@@ -116,7 +113,7 @@ def _caption(shown: pd.DataFrame) -> str:
     losses = shown.sort_values("step")["loss"]
     first, last = (labels.rounded(losses.iloc[i], 3) for i in (0, -1))
     return (
-        f"NTK of a transformer's logits ({_sizes(shown)}) along its training, whole and by parts, which add up to it. "
+        "NTK of a transformer's logits along its training, whole and by parts, which add up to it. "
         "Factors of Theta = P K P*: K is exact, P P* estimated. The loss falls from "
         f"{first} to {last} nats per token. Bars: 95 % intervals from {shown['probes'].max():g} probes."
     )
