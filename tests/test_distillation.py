@@ -104,8 +104,8 @@ def test_the_figure_has_a_difference_for_each_weight_and_quantity(tmp_path):
     made = figures.draw("distillation", table, tmp_path)
     caption = made[1].read_text()
     others = table[(table["weight"] > 0) & (table["quantity"] != "alignment")]["verdict"].value_counts()
-    assert f"distillation is better in {others['better']} of {others.sum()} comparisons of " in caption
-    assert f", and worse in {others['worse']}" in caption and "over 6 students" in caption
+    assert f"distillation is better in {others['better']} of {others.sum()} comparisons (" in caption
+    assert f"), and worse in {others['worse']}" in caption and "over 6 students" in caption
     np.testing.assert_allclose(pd.read_csv(made[0])["difference"], table["difference"])
 
 

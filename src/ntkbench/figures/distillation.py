@@ -59,8 +59,8 @@ def _title(compared: pd.DataFrame) -> str:
     others = compared[compared["quantity"] != "alignment"]
     better, worse = ((others["verdict"] == verdict).sum() for verdict in ("better", "worse"))
     return (
-        f"With the alignment as a regulariser, distillation is better in {better} of {len(others)} comparisons of "
-        f"{', '.join(others['quantity'].unique())}, and worse in {worse}"
+        f"With the alignment as a regulariser, distillation is better in {better} of {len(others)} comparisons "
+        f"({', '.join(others['quantity'].unique())}), and worse in {worse}"
     )
 
 
