@@ -118,13 +118,13 @@ def written(text: str, tables: Tables) -> tuple[str, list[str]]:
     return written, stale
 
 
-def fastest_estimators(tables: Tables) -> str:
+def fastest_estimators(tables: Tables, name: str = "head_to_head/studies/time_to_error") -> str:
     """For each goal of ``time_to_error``: our fastest exact or unbiased method, and the fastest published one.
 
     "Or tied" means that the interval of another method overlaps, or is not known. Biased kernels between samples are
     named if they are faster and their bias is within the error.
     """
-    table = tables.read(HEAD_TO_HEAD["time_to_error"])
+    table = tables.read(name)
     rows = []
     for (problem, metric, goal), methods in table.groupby(["problem", "metric", "goal"], sort=False):
         timed = methods[methods["seconds"].notna()]
@@ -767,8 +767,9 @@ def effective_ranks(tables: Tables) -> str:
 CALIBRATION = "calibration/studies/calibration"
 AUTO_CHOICE = "head_to_head/studies/auto_choice"
 COST_MODEL = "cost_model/studies/cost_model"
-DISTILLATION, KERNEL_IN_FILE, LANGUAGE_TRAINING, REAL_SIZE = (
-    f"language/studies/{name}" for name in ("distillation", "kernel_in_file", "language_training", "real_size")
+DISTILLATION, KERNEL_IN_FILE, LANGUAGE_TRAINING, REAL_SIZE, OF_TRANSFORMER = (
+    f"language/studies/{name}"
+    for name in ("distillation", "kernel_in_file", "language_training", "real_size", "time_to_error")
 )
 PROJECTIONS = "projections/studies/projections"
 EFFECTIVE_RANKS, SOLVES, SPECTRA = (f"spectra/studies/{name}" for name in ("effective_ranks", "solves", "spectra"))
@@ -776,6 +777,7 @@ EFFECTIVE_RANKS, SOLVES, SPECTRA = (f"spectra/studies/{name}" for name in ("effe
 PENDING = {
     "distillation": "language",
     "effective ranks": "spectra",
+    "fastest estimators on a transformer": "language",
     "kernels in files": "language",
     "language training": "language",
     "predictions": "cost_model",
@@ -799,6 +801,7 @@ TABLES: dict[str, Callable[[Tables], str]] = {
     "distillation": distillation,
     "effective ranks": effective_ranks,
     "fastest estimators": fastest_estimators,
+    "fastest estimators on a transformer": lambda tables: fastest_estimators(tables, OF_TRANSFORMER),
     "kernels": kernels,
     "kernels in files": kernels_in_files,
     "language training": language_training,

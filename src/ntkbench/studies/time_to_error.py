@@ -86,7 +86,6 @@ GOALS = [
     _goal("digits_conv[N=64]", "norm", 0.01),
     _goal("mlp_he", "alignment", 0.03, patience_s=0.5),
     _goal("rnn_flipflop[H=128,N=100]", "alignment", 0.08, exact=False, patience_s=0.5),
-    _goal("transformer_small[T=16]", "alignment", 0.02, patience_s=2.0),
 ]
 
 
