@@ -21,7 +21,7 @@ TABLES = {
 
 
 IN_PARTS = {
-    "calibration/studies/calibration.csv": "problems that a fault had affected were measured again once it was mended"
+    "calibration/studies/calibration.csv": "problems were added, or measured again after a fault was mended"
 }
 """Tables whose rows come from several clean commits, and why."""
 

@@ -94,10 +94,10 @@ def test_the_fastest_of_either_kind_is_named(checkout):
         "`gram_forward`, 660 passes, 51 seeds, 500 ms (or tied)",
         "`hutchpp_paper`, 411 passes, 51 seeds, 2 s",
     )
-    assert f"| {ours} | {theirs} | **0.25** | `sum_of_logits`, approximate, 400 ms |" in text
-    assert "| `sample_subset`, 1 pass, 51 seeds, 5.42 ms | none reaches it |  |  |" in text
+    assert f"| {ours} | {theirs} | **0.25** | 15 | `sum_of_logits`, approximate, 400 ms |" in text
+    assert "| `sample_subset`, 1 pass, 51 seeds, 5.42 ms | none reaches it |  | 15 |  |" in text
     theirs = "`hutchpp` in JAX, 40 passes (32 to 52), 51 seeds, 100 ms"
-    assert f"| `direct`, exact, 300 ms | {theirs} | **3** (2.5 to ?) |  |" in text, "theirs may be the faster one"
+    assert f"| `direct`, exact, 300 ms | {theirs} | **3** (2.5 to ?) | 15 |  |" in text, "theirs may be the faster one"
 
 
 def test_a_row_without_numbers_has_its_reason_in_one_cell(checkout):
@@ -126,24 +126,26 @@ def block_of(folder, block, name, rows):
 
 def test_the_coverage_of_each_method_is_counted(tmp_path):
     case = {"problem": "p", "metric": "trace", "way": "passes", "seeds": 300, "rmse": 0.1, "passes_spent": 40}
+    case["exact"] = 0.0
     hutchinson, auto = case | {"method": "hutchinson"}, case | {"method": "auto"}
     rows = [
         hutchinson | {"verdict": "in range", "covered": 0.951, "ratio": 1.0},
         hutchinson | {"verdict": "in range", "covered": 0.93, "ratio": 1.234},
         hutchinson | {"verdict": "noted", "covered": 0.8, "ratio": 2.0},
-        hutchinson | {"verdict": "exact"},
+        hutchinson | {"verdict": "exact", "exact": 1.0},
         auto | {"verdict": "below", "covered": 0.5, "ratio": 3.0, "way": "rtol"},
         auto | {"verdict": "above", "covered": 0.9, "ratio": 9.0, "way": "matched", "rmse": 0.05, "git_sha": "b" * 40},
         {"method": "never", "status": "skipped"},
     ]
     lines = block_of(tmp_path, "calibration", readme.CALIBRATION, rows)
     assert lines[2:5] == [
-        "| `auto` | 1 | 0 | 0 | 1 | 0 | 0 | 50 (50 to 50) | 3 (3 to 3) |",
-        "| `hutchinson` | 4 | 2 | 1 | 0 | 0 | 1 | 93 (80 to 95.1) | 1.2 (1 to 2) |",
+        "| `auto` | 1 | 0 | 0 | 1 | 0 | 0 | 50.0 % (44.4 to 55.6) | 50 to 50 | 3 (3 to 3) |",
+        "| `hutchinson` | 4 | 2 | 1 | 0 | 0 | 1 | 89.3 % (87.1 to 91.2) | 80 to 95.1 | 1.2 (1 to 2) |",
         "",
     ]
-    assert lines[5].startswith("Stopping at a tolerance takes 4.00 times") and "against 90.0 %" in lines[5]
-    assert lines[6:] == ["", "*300 seeds; M, 2 threads; commit aaaaaaaaaa (6 rows), bbbbbbbbbb (1 rows).*"]
+    assert "50.0 % (44.4 to 55.6) with rtol=; by network" in lines[5]
+    assert lines[7].startswith("Stopping at a tolerance takes 4.00 times") and "against 90.0 %" in lines[7]
+    assert lines[8:] == ["", "*300 seeds; M, 2 threads; commit aaaaaaaaaa (6 rows), bbbbbbbbbb (1 rows).*"]
 
 
 def test_calls_on_networks_of_real_size_state_their_cost(tmp_path):

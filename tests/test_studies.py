@@ -84,6 +84,22 @@ def ok(table: pd.DataFrame) -> pd.DataFrame:
 # --- what is measured
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", hazelden_trace.SIDES)
+def test_the_off_diagonal_share_gives_the_variance_of_a_one_sided_estimate(name):
+    """The relative variance is 2 v (1 - 2 q / dim) / (m - q), as in the theory of the speed-up."""
+    subject, m, q, seeds = estimates.Subject(["gru_hazelden[N=2,T=5]"]), 60, 10, 300
+    problem, method = subject.problem(), methods.get(name)
+    dim = {"reverse": problem.n, "forward": problem.P}[hazelden_trace.SIDES[name]]
+    prepared = method.prepare(problem, Target())
+    values = [method.estimate(prepared, "trace", m, seed).value for seed in range(seeds)]
+    variance = np.var(np.array(values) / subject.exact()["trace"], ddof=1)
+    expected = (
+        2 * hazelden_trace.off_diagonal(subject, hazelden_trace.SIDES[name], Target()) * (1 - 2 * q / dim) / (m - q)
+    )
+    assert abs(variance / expected - 1) < 4 * (2 / seeds) ** 0.5
+
+
 def test_every_study_of_a_paper_has_a_tiny_size():
     assert {name for name in studies.names() if name.split("_")[0] in ("hazelden", "mohamadi", "novak")} == set(TINY)
 

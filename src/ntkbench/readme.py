@@ -133,6 +133,9 @@ def fastest_estimators(tables: Tables, name: str = "head_to_head/studies/time_to
         ours, theirs = _fastest(own), _fastest(timed[published])
         biased = _fastest(timed[timed["kind"] == "approximate"])
         ratio = "" if ours is None or theirs is None else _ratio(ours, bold=True, ends=("low", "high"))
+        wanted = f"{metric.replace('_', ' ')}, {100 * goal:g} %"
+        if times.is_estimated(methods):
+            wanted += f" of an estimate, whose standard error is {100 * methods['reference_error'].max():.2g} %"
         faster = (
             "" if biased is None or (ours is not None and biased["seconds"] >= ours["seconds"]) else _entrant(biased)
         )
@@ -140,15 +143,17 @@ def fastest_estimators(tables: Tables, name: str = "head_to_head/studies/time_to
             "none reaches it" if row is None else _entrant(row) + (" (or tied)" if times.is_tied(rivals) else "")
             for row, rivals in ((ours, own), (theirs, timed[published]))
         ]
-        rows.append([f"`{problem}`", f"{metric.replace('_', ' ')}, {100 * goal:g} %", *said, ratio, faster])
+        rows.append([f"`{problem}`", wanted, *said, ratio, f"{timed['calls'].min():g}", faster])
     columns = [
         "problem",
         "metric, error",
         "fastest of this suite",
         "fastest published method",
         "time, ours / theirs (95 %)",
+        "calls",
+        "faster, but biased: within the error on this network",
     ]
-    return _markdown([*columns, "faster, but biased: within the error on this network"], rows) + _provenance(table)
+    return _markdown(columns, rows) + _provenance(table)
 
 
 def _fastest(rows: pd.DataFrame) -> pd.Series | None:
@@ -313,13 +318,20 @@ def calibration(tables: Tables) -> str:
                 f"`{method}`",
                 str(len(here)),
                 *map(str, counts.loc[method]),
-                _median_and_range(100 * here["covered"], ".3g"),
+                coverage.share_of_intervals(here),
+                _range(100 * here["covered"], ".3g"),
                 _median_and_range(here["ratio"], ".2g"),
             ]
         )
-    columns = ["method", "cases", *counts, "coverage, %: median (range)", "error / stated: median (range)"]
-    below = f"\n\n{coverage.stopping(table)}".rstrip()
+    columns = ["method", "cases", *counts, "coverage of all intervals (95 %)", "coverage of cases, %"]
+    columns.append("error / stated: median (range)")
+    below = "".join(f"\n\n{said}" for said in (coverage.of_auto(cases), coverage.stopping(table)) if said)
     return _markdown(columns, rows) + f"{below}\n\n*{_listed(cases['seeds'].unique())} seeds; {_provenance(table)[3:]}"
+
+
+def _range(values: pd.Series, how: str) -> str:
+    known = values.dropna()
+    return f"{known.min():{how}} to {known.max():{how}}" if len(known) else ""
 
 
 def _median_and_range(values: pd.Series, how: str) -> str:

@@ -284,7 +284,11 @@ def _check_deterministic(method: Method, problem: Problem, metric: str, backend:
     roomy, tight, single = _estimators(method, problem, metric, backend)
     first, second = roomy(None, seed=0), roomy(None, seed=1)
     _require(first.kernel == method.computes, f"computes {method.computes}, but its estimate is of {first.kernel}")
-    _require(first == second, f"two calls differ: {first} and {second}")
+    if method.draws:
+        _require(first == roomy(None, seed=0), "two calls with one seed differ")
+        _require(first.value != second.value, f"draws is True, but two seeds give {first}")
+    else:
+        _require(first == second, f"two calls differ: {first} and {second}")
     _require(first.standard_error is None, f"is deterministic, but has a standard error of {first.standard_error}")
     needed = method.passes_needed(problem, metric, Target(backend, "float64", "cpu"))
     known = first.passes is None if needed is None else first.passes is not None and math.isclose(first.passes, needed)

@@ -72,12 +72,17 @@ def gram(rows: Array, others: Array, *, entries: int = 2**22) -> np.ndarray:
     Args:
         rows: ``[k, n]``.
         others: ``[r, n]``.
-        entries: entries of each array that are copied at a time; at least one column.
+        entries: entries of each array that are copied at a time; at least one column. On the host, a sixteenth of it,
+            which stays in the cache.
     """
+    same = others is rows
+    if arrays.on_host(rows):
+        rows, others, entries = to_numpy(rows), to_numpy(others), entries // 16
     found = np.zeros((len(rows), len(others)))
     columns = max(1, entries // max(len(rows), len(others), 1))
     for start in range(0, rows.shape[1], columns):
-        one, other = (metrics.double(vectors[:, start : start + columns]) for vectors in (rows, others))
+        one = metrics.double(rows[:, start : start + columns])
+        other = one if same else metrics.double(others[:, start : start + columns])
         found += to_numpy(one @ other.T, np.float64)
     return found
 

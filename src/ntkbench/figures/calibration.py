@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pandas as pd
@@ -48,6 +49,51 @@ def cases(table: pd.DataFrame) -> pd.DataFrame:
     Those request by name the method that most runs of ``auto`` to the tolerance used; only :func:`stopping` reads them.
     """
     return table[(table["status"] == "ok") & table["way"].isin(WAYS)]
+
+
+def pooled(some: pd.DataFrame) -> tuple[float, float, float]:
+    """The share of all intervals of some cases that contain the value, without exact ones, with Wilson's 95 % interval.
+
+    Args:
+        some: rows of :func:`cases`.
+    """
+    from scipy.stats import binomtest
+
+    estimated = some[some["verdict"] != "exact"]
+    exact = (estimated["exact"] * estimated["seeds"]).round()
+    total = int((estimated["seeds"] - exact).sum())
+    if not total:
+        return math.nan, math.nan, math.nan
+    hits = int(((estimated["covered"] * estimated["seeds"]).round() - exact).sum())
+    ends = binomtest(hits, total).proportion_ci(method="wilson")
+    return hits / total, ends.low, ends.high
+
+
+def share_of_intervals(some: pd.DataFrame) -> str:
+    """:func:`pooled` in per cent, with its interval."""
+    share, low, high = pooled(some)
+    return "" if math.isnan(share) else f"{100 * share:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def of_auto(some: pd.DataFrame) -> str:
+    """A sentence on the intervals of ``auto`` by how they are requested and by network; empty if there are none.
+
+    Args:
+        some: rows of :func:`cases`.
+    """
+    auto = some[some["method"] == AUTO]
+    ways = [f"{share} {WAYS[way]}" for way in WAYS if (share := share_of_intervals(auto[auto["way"] == way]))]
+    networks = {name: pooled(rows)[0] for name, rows in auto.groupby("problem", sort=False)}
+    known = pd.Series(networks, dtype=float).dropna()
+    if not ways or known.empty:
+        return ""
+    ends = [
+        f"{share_of_intervals(auto[auto['problem'] == name])} on {name!r}" for name in (known.idxmin(), known.idxmax())
+    ]
+    return (
+        f"Of the intervals of `auto` that are not exact, these contain the value: {', '.join(ways)}; by network, from "
+        f"{' to '.join(ends)}."
+    )
 
 
 def counts(some: pd.DataFrame) -> pd.DataFrame:
@@ -141,14 +187,13 @@ def _points(panel: Axes, here: pd.DataFrame, column: str, lines: dict[str, int])
 
 
 def _finding(points: pd.DataFrame) -> str:
-    found = counts(points)
-    is_auto = found.index == AUTO
-    said = [
-        f"{name} in {rows['in range'].sum()} of {rows.to_numpy().sum()} cases"
-        for name, rows in (("auto", found[is_auto]), ("the other methods", found[~is_auto]))
-        if len(rows)
-    ]
-    return f"95 % intervals keep their coverage: {', '.join(said)}"
+    is_auto = points["method"] == AUTO
+    said = []
+    for name, here in (("auto", points[is_auto]), ("the other methods", points[~is_auto])):
+        if share := share_of_intervals(here):
+            inside = (here["verdict"] == "in range").sum()
+            said.append(f"{share} of {name}, in range in {inside} of {len(here)} cases")
+    return f"95 % intervals contain the exact value: {'; '.join(said)}"
 
 
 def _metrics(points: pd.DataFrame) -> list[key.Entry]:

@@ -16,7 +16,7 @@ from ntkbench.units import seconds_label
 TABLE = "time_to_error"
 COLUMNS: tuple[str, ...] = ("problem", "metric", "goal", "method", "title", "kind", "published")
 COLUMNS += ("seconds", "passes", "ratio", "rival", "seeds", "calls")
-LATER = ["backend", "ratio_low", "ratio_high"]
+LATER = ["backend", "ratio_low", "ratio_high", "reference_error"]
 """Columns that older tables do not have."""
 
 ROLES = {
@@ -42,7 +42,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
     plotted = pd.concat([_with_roles(rows) for _, rows in timed.groupby(["problem", "metric", "goal"], sort=False)])
     plotted = plotted[[*COLUMNS, *LATER, "role", "tied"]]
     goals = list(plotted.groupby(["problem", "metric", "goal"], sort=False))
-    names = [f"{labels.name_label(problem)}\n{_wanted(metric, goal)}" for (problem, metric, goal), _ in goals]
+    names = [f"{labels.name_label(problem)}\n{_wanted(metric, goal, rows)}" for (problem, metric, goal), rows in goals]
     named = _named(plotted)
     figure, ((panel,),) = canvas.sheet(
         [canvas.Row(0.72 * len(goals), above=0.3, below=0.3)],
@@ -88,6 +88,11 @@ def is_tied(rows: pd.DataFrame) -> bool:
     return bool(((low <= high[first]) & (low[first] <= high)).drop(first).any())
 
 
+def is_estimated(rows: pd.DataFrame) -> bool:
+    """Whether errors are relative to an estimate, because the exact value is not available."""
+    return bool((rows["reference_error"] > 0).any())
+
+
 def _frame(panel: Axes, seconds: pd.Series, names: list[str]) -> None:
     low, high = seconds.min(), seconds.max()
     span = math.log10(high / low) or 1.0
@@ -96,7 +101,7 @@ def _frame(panel: Axes, seconds: pd.Series, names: list[str]) -> None:
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds_label(value)))
     panel.set_yticks(range(len(names)), names)
     panel.tick_params(axis="y", length=0)
-    panel.set_xlabel("time until the median error is within the goal")
+    panel.set_xlabel("time at the budget where the fitted median error is the goal")
     panel.grid(False)
     panel.text(1.12, -0.7, "published / best here", transform=panel.get_yaxis_transform(), ha="right", va="bottom",
                fontsize=9, color=styles.GREY)  # fmt: skip
@@ -217,5 +222,6 @@ def _others(plotted: pd.DataFrame) -> list[tuple[Line2D, str]]:
     return [(dot, "all other methods that reach the goal")] if (plotted["role"] == "").any() else []
 
 
-def _wanted(metric: str, goal: float) -> str:
-    return f"{metric.replace('_', ' ')} to {labels.rounded(100 * goal)} %"
+def _wanted(metric: str, goal: float, rows: pd.DataFrame) -> str:
+    of = " of an estimate" if is_estimated(rows) else ""
+    return f"{metric.replace('_', ' ')} to {labels.rounded(100 * goal)} %{of}"

@@ -47,7 +47,7 @@ def cells(config: Config) -> list[Cell]:
                 continue
             for backend in method.backends[: 1 if block.backends == "plain" else None]:
                 for passes in block.passes if method.takes_passes else [None]:
-                    cell = Cell(problem, name, backend, metric, passes, seeds if method.takes_passes else 1, calls)
+                    cell = Cell(problem, name, backend, metric, passes, seeds if method.takes_seed else 1, calls)
                     found.setdefault(cell.label, cell)
     order = {metric: i for i, metric in enumerate((*METRICS, *OF_KERNEL))}
     return sorted(found.values(), key=lambda c: (c.method, c.backend, c.problem, order[c.metric], c.passes or 0))

@@ -69,7 +69,7 @@ def row(
         "device": _device(config, cell.backend),
         "dtype": config.dtype,
         "threads": config.threads,
-        "first_seed": 0 if method.takes_passes else None,
+        "first_seed": 0 if method.takes_seed else None,
         "fingerprint": fingerprint,
         "seeds": 0,
         "calls": 0,

@@ -22,11 +22,11 @@ class CountSketch(Deterministic):
     """The N x N kernel K of CountSketches of J_b^T v_r, which approximates Theta as (K / O) ⊗ I_O.
 
     K = (1/R) sum_r Phi_r Phi_r^T, where row b of Phi_r is the CountSketch of J_b^T v_r. The R random sign vectors v_r
-    over the outputs are the same for all samples, so E K = tr_O Theta, which is O times the trace kernel. Probes and
-    hashes are fixed, so the value is deterministic. Like the trace kernel, K omits the cross terms between outputs. It
-    also has the noise of the probes, at most about sqrt(2 / R), and of the hash, about sqrt(effective rank / width).
-    The trace is unbiased over draws of both. The variance of K makes the squared norm too large, and so the effective
-    rank too small.
+    over the outputs are the same for all samples, so E K = tr_O Theta, which is O times the trace kernel. The seed
+    draws probes and hashes, which are the same at all parameter sets. Like the trace kernel, K omits the cross terms
+    between outputs. It also has the noise of the probes, at most about sqrt(2 / R), and of the hash, about
+    sqrt(effective rank / width). The trace is unbiased over draws of both. The variance of K makes the squared norm too
+    large, and so the effective rank too small.
 
     Takes ``probes`` passes for each parameter set and N P ``probes`` additions.
 
@@ -46,6 +46,7 @@ class CountSketch(Deterministic):
     backends = ("torch",)
     needs_independent_samples = True
     needs_one_network = True
+    draws = True
     probes: ClassVar[int] = 8
     width: ClassVar[int] = 1024
     passes_formula = "8"
@@ -58,8 +59,11 @@ class CountSketch(Deterministic):
         return sets * problem.N * (self.probes * self.width * (target.itemsize + 8) + 8 * problem.N)
 
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
+        return self.drawn(metric, jacobians, 0)
+
+    def drawn(self, metric: str, jacobians: Sequence[JacobianOperator], seed: int) -> Moments:
         O = jacobians[0].O  # noqa: E741 - the field's symbol
-        kernels = [kernel(probed(j, self.probes, self.width)) / O for j in jacobians]
+        kernels = [kernel(probed(j, self.probes, self.width, seed)) / O for j in jacobians]
         return metrics.from_gram(*kernels).times(O)
 
 

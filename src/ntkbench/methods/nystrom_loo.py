@@ -66,10 +66,10 @@ class NystromLOO(FixedBudget):
 
         def inner_product(one: int, other: int) -> np.ndarray:
             back = jacobians[other].vjp(images[one])
-            x = deflation.gram(back, back)
+            x = y = deflation.gram(back, back)
             if one != other:
                 back = jacobians[one].vjp(images[other])
-            y = deflation.gram(back, back)
+                y = deflation.gram(back, back)
             z = deflation.gram(images[other], images[one])
             return deflation.nystrom_inner_product(sketches[one], sketches[other], normalisation, z, x, y)
 

@@ -27,6 +27,13 @@ def to_numpy(array: Any, dtype: DTypeLike | None = None) -> np.ndarray:
     return np.asarray(array, dtype=dtype)
 
 
+def on_host(array: Any) -> bool:
+    """Whether an array of any library lies in the host's memory, where :func:`to_numpy` is a view."""
+    if array_api_compat.is_jax_array(array):
+        return all(device.platform == "cpu" for device in array.devices())
+    return str(array_api_compat.device(array)) == "cpu"
+
+
 def gather(blocks: Iterable[Any]) -> np.ndarray:
     """Blocks ``[k, ...]`` of any library concatenated along the first axis, in float64 on the host."""
     return np.concatenate([to_numpy(block, np.float64) for block in blocks])

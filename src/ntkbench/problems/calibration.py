@@ -1,4 +1,4 @@
-"""Small networks on which intervals are compared with exact values: MLPs on skewed inputs, and a transformer.
+"""Small networks on which intervals are compared with exact values: MLPs, also on skewed inputs, and a transformer.
 
 ``small_mlp`` has 272 outputs per sample, more than ``method="auto"`` computes exactly when no budget is given. A ReLU
 follows its last layer, so it has no wide head.
@@ -7,6 +7,7 @@ follows its last layer, so it has no wide head.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import TYPE_CHECKING, Literal
 
 from ntkbench.problems.base import Definition, problem, training
@@ -67,6 +68,30 @@ def small_wide_head(N: int = SAMPLES) -> Definition:
     x = torch.randn((SAMPLES, INPUTS), generator=draw)
     targets = torch.randn((SAMPLES, HEAD[1]), generator=draw, dtype=torch.float64)
     return _mlp([INPUTS, HIDDEN, *HEAD], x, targets, N, relu_at_end=False)
+
+
+@problem
+def small_batchnorm(N: int = SAMPLES) -> Definition:
+    """8-8-8-272 ReLU MLP whose hidden layers use batch statistics, so samples interact; otherwise as ``small_mlp``."""
+    import torch
+    from torch import nn
+
+    from ntkbench.networks.initialisation import seeded
+
+    def make() -> nn.Module:
+        sizes = itertools.pairwise([INPUTS, HIDDEN, HIDDEN])
+        hidden = [
+            layer
+            for a, b in sizes
+            for layer in (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b, track_running_stats=False), nn.ReLU())
+        ]
+        return nn.Sequential(*hidden, nn.Linear(HIDDEN, OUTPUTS), nn.ReLU())
+
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn((SAMPLES, INPUTS), generator=draw)
+    targets = torch.randn((SAMPLES, OUTPUTS), generator=draw, dtype=torch.float64)
+    recipe = training.Adam(x, targets, nn.functional.mse_loss, batch=len(x), epochs=10, lr=1e-3)
+    return Definition(seeded(make, 0), x[:N].numpy().copy(), recipe, samples_interact=True)
 
 
 def _mlp(sizes: list[int], x: Tensor, targets: Tensor, N: int, *, relu_at_end: bool) -> Definition:

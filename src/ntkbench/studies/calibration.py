@@ -43,6 +43,7 @@ PROBLEMS = {
     "one outlier": "small_mlp[inputs=one_outlier]",
     "many samples": "many_samples",
     "wide head": "small_wide_head",
+    "interacting": "small_batchnorm",
     "transformer": "reversing_transformer",
     "recurrent": "gru_flipflop[H=12,N=12,T=6]",
 }

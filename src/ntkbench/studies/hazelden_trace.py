@@ -1,24 +1,32 @@
 """Trace estimates of Hazelden's MLP and GRU against the nominal number of samples m (arXiv 2511.10796, figures 1-3).
 
 For each problem, estimator and m: seconds, estimates and errors over reruns, and for comparison the cost of exact
-traces.
+traces. Rows of one-sided estimators have ``off_diagonal``, on which their variance depends (:func:`off_diagonal`).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 from pydantic import Field, PositiveInt, field_validator
 
 from ntkbench.measure.schema import ProblemLabel, check_probes
+from ntkbench.methods.base.sides import Side, factor
+from ntkbench.operators import arrays, linearise
+from ntkbench.options import Target
 from ntkbench.studies import base
 from ntkbench.studies.base import estimates
 
 PLUGINS = estimates.PLUGINS
 TIMED = True
-METHODS = ("hutchpp_paper", "one_sided_paper_reverse", "one_sided_paper_forward")
+SIDES: dict[str, Side] = {"one_sided_paper_reverse": "reverse", "one_sided_paper_forward": "forward"}
+METHODS = ("hutchpp_paper", *SIDES)
 BASELINES = (estimates.ONE_BY_ONE, "direct", "structured_derivatives")
+PRODUCTS = 256
+"""Products with random signs from which the diagonal of G is estimated."""
 
 
 class Settings(estimates.Settings):
@@ -53,8 +61,31 @@ def run(settings: Settings) -> pd.DataFrame:
         columns = {"network": network}
         rows += [estimates.baseline(settings, subject, "trace", name, **columns) for name in BASELINES]
         for name in METHODS:
-            first = 0
+            first, known = 0, base.Once(functools.partial(_known, subject, name, settings.target()))
             for grid, samples in (("large", getattr(settings, network)), ("small", settings.small)):
-                rows += estimates.stochastic(settings, subject, "trace", name, samples, first, **columns, grid=grid)
+                rows += estimates.stochastic(
+                    settings, subject, "trace", name, samples, first, known, **columns, grid=grid
+                )
                 first += len(samples) * settings.seeds
     return base.table(rows)
+
+
+def _known(subject: estimates.Subject, name: str, target: Target) -> dict[str, float]:
+    return {"off_diagonal": off_diagonal(subject, SIDES[name], target)} if name in SIDES else {}
+
+
+def off_diagonal(subject: estimates.Subject, side: Side, target: Target) -> float:
+    """(||G||_F^2 - sum_i G_ii^2) / (tr G)^2, with G = Theta for ``reverse`` and G = J^T J for ``forward``.
+
+    The relative variance of the mean of ||A u||^2 over k random signs u is 2 / k times this number, where G = A^T A.
+    Norm and trace are the exact ones. The squared diagonal is the mean over all pairs of :data:`PRODUCTS` products with
+    random signs, without bias.
+    """
+    j, exact = linearise(subject.problem(), "theta_0", target), subject.exact()
+    A, rng = factor(j, side), j.rng(0)
+    second = fourth = np.zeros(A.dim)
+    for k in j.blocks(PRODUCTS):
+        squares = arrays.to_numpy(A.adjoint(rng.sign(k, A.image_dim)), np.float64) ** 2
+        second, fourth = second + squares.sum(0), fourth + (squares**2).sum(0)
+    diagonal = float((second**2 - fourth).sum()) / (PRODUCTS * (PRODUCTS - 1))
+    return (exact["norm"] ** 2 - diagonal) / exact["trace"] ** 2

@@ -4,9 +4,9 @@ The smallest budget is where the law of :mod:`ntkbench.measure.laws`, fitted to 
 tried, reaches the goal. Errors are relative to the exact value (or to its substitute in :class:`Goal`). The budget
 counts if fresh seeds do not contradict it: a two-sided sign test at 95 % finds the median neither above the goal nor
 below it. So no method benefits from a lucky budget, or pays for one that is larger than necessary. A method's other
-backends take the budget of its first one, if their own errors do not contradict it. Deterministic methods take part if
-their error is within the goal. A method that does not reach the goal with the largest budget, or takes too long, gets a
-row with the reason.
+backends take the budget of its first one, if their own errors do not contradict it. Methods without a budget take part
+if their error is within the goal; if the seed changes their value, the median over seeds. A method that does not reach
+the goal with the largest budget, or takes too long, gets a row with the reason.
 """
 
 from __future__ import annotations
@@ -273,11 +273,11 @@ class Entrant:
             columns = self._smallest_budget(least)
         else:
             self._settings.limits.check_passes(method.passes_needed(problem, goal.metric, self._target))
-            found = self._tried(None, 1)
+            found = self._tried(None, self._settings.seeds if method.draws else 1)
             self._check_patience(found, None)
             if _error(found) > goal.error:
                 raise Unavailable(f"error {_error(found):.2g}, over the goal")
-            columns = {"passes": None, **found.columns(), "seeds": 1}
+            columns = {"passes": None, **found.columns(), "seeds": len(found.errors)}
         return {**self._truth.columns(), **columns}
 
     def calls(self, passes: int | None) -> tuple[Callable[[], Estimate], Callable[[], Any]]:

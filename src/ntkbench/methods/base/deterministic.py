@@ -1,4 +1,4 @@
-"""The base class of methods without randomness."""
+"""The base class of methods that take no budget and compute moments by products with J."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ class Deterministic(Method):
             jacobians: J at theta_0 (and at theta_f, for alignment).
         """
 
+    def drawn(self, metric: str, jacobians: Sequence[JacobianOperator], seed: int) -> Moments:
+        """The moments for a seed, which a method overrides that draws random numbers."""
+        return self.moments(metric, jacobians)
+
     def estimate(self, prepared: PreparedProblem, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         jacobians = prepared.jacobians(metric)
-        moments = self.moments(metric, jacobians)
+        moments = self.drawn(metric, jacobians, seed)
         spent, found = sum(j.passes for j in jacobians), certificate(jacobians)
         bound = rounding(jacobians, metric, found) if self.kind == "exact" else None
         said = notes(jacobians)

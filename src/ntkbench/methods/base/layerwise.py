@@ -86,16 +86,16 @@ class Layerwise(Method):
 
         metrics.check_any(metric)
         if metric in metrics.OF_KERNEL:
-            return self._of_whole(prepared, metric)
+            return self._of_whole(prepared, metric, seed)
         ends = prepared.ends(metric)
         ledger = ledger_of(ends)
-        moments = _moments(sample_kernels.get(self.kernel), ends, metric)
+        moments = _moments(sample_kernels.get(self.kernel), ends, metric, seed)
         spent, notes, certificate = ledger()
         rounding = rounding_of(ends, metric, certificate) if self.kind == "exact" else None
         found = notes, certificate, rounding
         return Estimate.of_moments(metric, moments, spent, self.name, *found, kernel=self.computes)
 
-    def _of_whole(self, prepared: TracedProblem, metric: str) -> Estimate:
+    def _of_whole(self, prepared: TracedProblem, metric: str, seed: int) -> Estimate:
         """A metric of the whole kernel, which is decomposed in float64 on the host.
 
         Raises:
@@ -106,7 +106,7 @@ class Layerwise(Method):
 
         (end,) = prepared.ends(metric)
         ledger, kernel = ledger_of([end]), sample_kernels.get(self.kernel)
-        made = arrays.to_numpy(kernel.compute(end.engine, end.parameters, end.x), np.float64)
+        made = arrays.to_numpy(kernel.compute(end.engine, end.parameters, end.x, seed=seed), np.float64)
         spent, notes, certificate = ledger()
         P = sum(w.numel() for w in end.parameters)
         copies = end.engine.O if kernel.between_samples else 1
@@ -249,15 +249,15 @@ def rounding_of(ends: Sequence[TracedNetwork], metric: str, certificate: float |
     return rounding_bound(metric, arrays.epsilon(ends[0].parameters[0]), terms, certificate)
 
 
-def _moments(kernel: Any, ends: Sequence[TracedNetwork], metric: str) -> Moments:
+def _moments(kernel: Any, ends: Sequence[TracedNetwork], metric: str, seed: int) -> Moments:
     engine, x = ends[0].engine, ends[0].x
     if metric == "trace":
-        trace = kernel.diagonal(engine, ends[0].parameters, x).sum()
+        trace = kernel.diagonal(engine, ends[0].parameters, x, seed).sum()
         return Moments(trace=float(trace) * (engine.O if kernel.between_samples else 1))
     if any(end.engine is not engine for end in ends):
-        moments = metrics.from_gram(*(kernel.compute(end.engine, end.parameters, end.x) for end in ends))
+        moments = metrics.from_gram(*(kernel.compute(end.engine, end.parameters, end.x, seed=seed) for end in ends))
     else:
         sets = [end.parameters for end in ends]
-        moments = engine.certain(lambda: metrics.from_blocks_of_theta(kernel.blocks(engine, sets, x)))
+        moments = engine.certain(lambda: metrics.from_blocks_of_theta(kernel.blocks(engine, sets, x, seed)))
     # tr, squared norm and inner product of A ⊗ I_O are O times those of A
     return moments.times(engine.O) if kernel.between_samples else moments

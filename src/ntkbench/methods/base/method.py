@@ -25,7 +25,7 @@ class Method(ABC):
 
     Attributes:
         title: name in figures and tables.
-        kind: ``exact``, ``approximate`` (deterministic and biased) or ``stochastic`` (takes passes and a seed).
+        kind: ``exact``, ``approximate`` (biased, takes no passes) or ``stochastic`` (takes passes and a seed).
         source: paper and equation, or program, that the method comes from. It begins with ``this suite`` if the
             estimator or its algorithm is the suite's own. A paper has its DOI or arXiv number.
         use_when: when to choose it, as the end of the sentence "Use it when ...".
@@ -39,6 +39,8 @@ class Method(ABC):
         prepares: name of the result of :meth:`prepare`; methods with the same name share it. Empty if it is not shared.
         needs_one_network: whether an alignment must be of two sets of weights of one network, as for methods that
             compare parameters.
+        draws: whether the value depends on the seed although the method takes no passes, as for a kernel of a random
+            combination of outputs. Such a value has no standard error.
         by_layers: whether its passes leave out the gradients of weights, and its kernels are sums over layers.
         passes_formula: passes of a deterministic method for one set of weights, in n, N, O, P, the number of steps T,
             and the width d of the last hidden layer, with ``or`` between alternatives; an alignment has two sets. Empty
@@ -58,6 +60,7 @@ class Method(ABC):
     needs_recurrence: ClassVar[bool] = False
     prepares: ClassVar[str] = "operators"
     needs_one_network: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     by_layers: ClassVar[bool] = False
     passes_formula: ClassVar[str] = ""
 
@@ -80,6 +83,11 @@ class Method(ABC):
     def takes_passes(self) -> bool:
         """Whether the user chooses a budget of passes."""
         return self.kind == "stochastic"
+
+    @property
+    def takes_seed(self) -> bool:
+        """Whether the value depends on the seed."""
+        return self.takes_passes or self.draws
 
     def unsupported_reason(
         self, problem: Problem, metric: str, target: Target, passes: int | None = None
@@ -147,7 +155,7 @@ class Method(ABC):
             prepared: the result of :meth:`prepare`.
             metric: one of ``self.metrics`` or ``self.kernel_metrics``.
             passes: upper limit on the passes of a stochastic method; ``None`` for the others.
-            seed: seed of the probes; the same seed gives the same estimate.
+            seed: seed of all random numbers; the same seed gives the same estimate.
         """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pydantic import Field
@@ -86,11 +86,10 @@ def stochastic(
     name: str,
     samples: Sequence[int],
     first_seed: int = 0,
+    known: Callable[[], dict[str, Any]] = dict,
     **columns: Any,
 ) -> Iterator[base.Row]:
     """A row for each number of samples: errors and seconds over seeds, with different seeds for each number.
-
-    ``effective_rank`` is that of the exact Theta at the initial weights.
 
     Args:
         settings: settings of the study.
@@ -99,6 +98,7 @@ def stochastic(
         name: name of the stochastic method.
         samples: nominal numbers of samples.
         first_seed: seed of the first row.
+        known: further columns that have to be computed.
         columns: further columns that identify the rows.
     """
     prepared = base.Once(lambda: methods.get(name).prepare(subject.problem(), settings.target()))
@@ -109,8 +109,8 @@ def stochastic(
         found = Reruns(subject.exact()[metric], settings.dtype, POWERS.get(metric, 1)).run(
             lambda seed: method.estimate(prepared(), metric, passes, seed), range(first, first + settings.seeds)
         )
-        known = {"effective_rank": subject.exact()["effective_rank"], "passes": passes, "first_seed": first}
-        return {**subject.columns(), **known, **found.columns(), **found.timed.columns()}
+        spent = {"passes": passes, "first_seed": first}
+        return {**subject.columns(), **known(), **spent, **found.columns(), **found.timed.columns()}
 
     for i, m in enumerate(samples):
         case = {**_case(subject, metric, name, base.title(name), columns), "m": m}
