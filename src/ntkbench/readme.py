@@ -828,6 +828,7 @@ TABLES: dict[str, Callable[[Tables], str]] = {
 }
 VALUES: dict[str, Callable[[Tables], str]] = {
     "claims reproduced": lambda tables: _reproduced(tables.read("claims")),
+    "default commit": lambda tables: ", ".join(tables.read("default/table")["git_sha"].str[:10].unique()),
     "default cells": lambda tables: _measured(tables.read("default/table")),
     "default machine": lambda tables: ", ".join(tables.read("default/table")["machine"].unique()),
     "head-to-head machine": lambda tables: ", ".join(tables.read(HEAD_TO_HEAD["time_to_error"])["machine"].unique()),

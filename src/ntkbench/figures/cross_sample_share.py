@@ -112,16 +112,17 @@ def _title(plotted: pd.DataFrame) -> str:
 def _caption(plotted: pd.DataFrame) -> str:
     first, last = _ends(plotted)
     text = (
-        "Variance of a pooled one-sided trace estimate over that of a per-sample one at equal passes, exact, on "
-        f"held-out images; at least {labels.rounded(plotted['factor'].min())} in all {len(plotted)} cases."
+        "Variance of a pooled trace over that of a per-sample one at equal passes, exact, on held-out images: at least "
+        f"{labels.rounded(plotted['factor'].min())} in {len(plotted)} cases."
     )
     change = last.set_index(["network", "init"])["factor"] / first.set_index(["network", "init"])["factor"]
     means = {name: math.exp(part.map(math.log).mean()) for name, part in change.groupby("network", sort=False)}
     titles = plotted.drop_duplicates("network").set_index("network")["title"]
     turned = ", ".join(f"{titles[name]} {labels.rounded(value)}" for name, value in means.items())
-    text += f" Training multiplies it by (mean of {len(change)} runs): {turned}."
+    text += f" Training multiplies it by (mean of {len(change) // len(means)} runs each): {turned}."
     seen = plotted[plotted["measured"].notna()]
     if len(seen):
         inside = ((seen["measured_low"] <= seen["factor"]) & (seen["factor"] <= seen["measured_high"])).sum()
-        text += f" Measured 95 % intervals contain it in {inside} of {len(seen)} cases."
+        text += f" Measured 95 % intervals contain it in {inside} of {len(seen)}."
+    text += f" Dashed: {_range(first['norm_ratio'], 2)} before, {_range(last['norm_ratio'], 2)} after."
     return text

@@ -330,7 +330,7 @@ def _title(plotted: pd.DataFrame) -> str:
     for error, words in TOLERANCES.items():
         wins = (rows.loc[rows["error"] == error, "winner_in_passes"] == "exact").sum()
         tried = estimates.loc[(estimates["error"] == error) & estimates["passes"].notna(), "tried"].astype(bool)
-        how = "" if tried.all() else " (partly extrapolated)" if tried.any() else " (extrapolated)"
+        how = "" if tried.all() else f" ({tried.sum()} of {len(tried)} estimates measured)"
         said.append(f"to {words} in {wins}{how}")
     return (
         f"Of {of} cases, exact surely takes the fewest passes {', '.join(said)}; "
