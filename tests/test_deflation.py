@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import array_api_compat
 import numpy as np
 import pytest
+import torch
 from conftest import metrics_of, mostly_slow
 
+import ntkbench
 from ntkbench import methods
 from ntkbench.estimators import deflation, standard_errors
 from ntkbench.methods.base import Accumulating, FixedBudget, Stochastic
@@ -315,6 +318,43 @@ def test_the_adaptive_sketch_is_unbiased_and_grows_where_that_is_worth_it(spectr
     assert abs(values.mean() - exact) < 4 * values.std(ddof=1) / 20
     off = {name: math.sqrt(((v[:, 0] - exact) ** 2).mean()) for name, v in found.items()}
     assert off["hutchpp_adaptive"] < 3 * min(off["one_sided_reverse"], off["hutchpp_one_sided"])
+
+
+def test_new_directions_leave_out_what_a_basis_already_has():
+    rng = np.random.default_rng(0)
+    q = np.linalg.qr(rng.standard_normal((50, 6)))[0].T
+    inside, outside = rng.standard_normal((4, 6)) @ q, rng.standard_normal((3, 50))
+    for rows, count in ((inside, 0), (outside, 3), (np.concatenate([inside, outside]), 3), (1e-9 * outside, 3)):
+        found = deflation.new_directions(rows, q)
+        both = np.concatenate([q, found])
+        assert len(found) == count
+        np.testing.assert_allclose(both @ both.T, np.eye(6 + count), atol=1e-12)
+
+
+class Repeated(torch.nn.Module):
+    """One prediction for the whole batch, repeated for its members; a few outputs that are not zero."""
+
+    def __init__(self, outputs, live):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(4, 12), torch.nn.Linear(12, outputs)
+        self.register_buffer("live", (torch.arange(outputs) < live).float())
+
+    def forward(self, x):
+        return self.live * self.last(torch.tanh(self.first(x)).mean(0, keepdim=True)).expand(len(x), -1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["hutchpp_adaptive", "hutchpp_adaptive_forward"])
+@pytest.mark.parametrize(("outputs", "live"), [(1, 1), (5, 1), (5, 4)])
+def test_a_sketch_of_a_kernel_of_low_rank_counts_no_direction_twice(outputs, live, name, dtype):
+    """Equal and zero outputs: what rounding leaves of a sketch lies inside its basis."""
+    torch.manual_seed(0)
+    model, x = Repeated(outputs, live), torch.randn(60, 4)
+    kernel = ntkbench.Kernel(model, x, dtype=dtype)
+    truth = ntkbench.trace(copy.deepcopy(model).double(), x.double(), method="direct").value
+    for seed in range(3):
+        found = kernel.trace(method=name, passes=100, seed=seed)
+        assert found.value == pytest.approx(truth, rel=1e-3), found
 
 
 @pytest.mark.parametrize("name", ["hutchpp_adaptive", "hutchpp_adaptive_forward"])

@@ -20,8 +20,10 @@ from torch import nn
 
 import ntkbench
 from ntkbench import methods, problems, testing
+from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate
 from ntkbench.methods.base import Method
+from ntkbench.metrics import Moments
 from ntkbench.operators import JacobianOperator
 from ntkbench.operators.dense import DenseJacobian
 from ntkbench.options import Target
@@ -176,6 +178,19 @@ def test_probes_shared_by_both_parameter_sets_resolve_one_minus_alignment(name, 
         one, other = (from_probes(method, prepared, probes, seed) for prepared in (single, double))
         assert one.complement == pytest.approx(other.complement, rel=0.02)
         assert one.standard_error == pytest.approx(other.standard_error, rel=0.05)
+
+
+def test_no_metric_is_a_finite_number_over_an_overflowed_square():
+    """Entries of 1e20 have squares beyond float32; 0 is no effective rank."""
+    layer, x = torch.nn.Linear(3, 2), 1e10 * torch.eye(3)
+    for method in ("jacobian_contraction", "direct", "parameter_gram"):
+        with pytest.raises(BadInput, match="dtype='float64' has a wider range"):
+            ntkbench.effective_rank(layer, x, method=method)
+    expected = ntkbench.effective_rank(layer.double(), x.double()).value
+    low, high = ntkbench.effective_rank(layer.float(), x).interval()
+    assert low <= expected <= high
+    overflowed = Moments(trace=1.0, square=math.inf, square_f=1.0, cross=1.0)
+    assert math.isnan(overflowed.metric("effective_rank")) and math.isnan(overflowed.metric("alignment"))
 
 
 def test_a_subset_of_the_samples_gives_one_minus_alignment():

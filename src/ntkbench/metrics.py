@@ -159,6 +159,8 @@ class Moments:
             return math.sqrt(self.square)
         if self.square == 0 or (name == "alignment" and self.square_f == 0):
             raise Undefined(f"{name} is not defined where Theta is zero: no parameter in theta affects any output")
+        if math.isinf(self.square) or (name == "alignment" and math.isinf(self.square_f)):
+            return math.nan  # a finite number over one that overflowed would be 0
         if name == "effective_rank":
             return (self.trace**2 if math.isnan(self.squared_trace) else self.squared_trace) / self.square
         if self._is_close:

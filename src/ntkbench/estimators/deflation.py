@@ -23,6 +23,9 @@ from ntkbench.operators.arrays import to_numpy
 LinearMap = Callable[[Array], Array]
 """Products A u of a matrix A with k vectors, which are rows: ``[k, columns of A] -> [k, rows of A]``."""
 
+ROUNDING = 100
+"""Multiple of the machine epsilon, relative to a block of products, below which its directions are rounding."""
+
 # --- bases and blocks
 
 
@@ -49,9 +52,28 @@ def random_orthonormal(rng: Rng, k: int, n: int, *, max_share: float = 1 / 16) -
 
 
 def orthonormal_complement(rows: Array, q: Array) -> Array:
-    """Orthonormal rows that span the part of ``rows [k, n]`` outside the span of the orthonormal rows ``q``."""
+    """Orthonormal rows that span the part of random ``rows [k, n]`` outside the span of the orthonormal rows ``q``.
+
+    The rows must have parts of full rank there; see :func:`new_directions` for others.
+    """
     for _ in range(2):  # the second time removes the remainder of rounding
         rows = orthonormal(project_out(rows, q))
+    return rows
+
+
+def new_directions(rows: Array, q: Array) -> Array:
+    """Orthonormal rows ``[at most k, n]``: the directions of ``rows [k, n]`` outside the span of the orthonormal ``q``.
+
+    Directions that are no larger than the rounding of ``rows`` are left out. They may lie inside the span of ``q``, and
+    a basis with them would count it twice.
+    """
+    xp = array_api_compat.array_namespace(rows)
+    least = ROUNDING * arrays.epsilon(rows) * float(xp.linalg.vector_norm(rows))
+    for smallest in (least, 0.5):  # the second time removes the remainder of rounding, and what consists of it
+        if len(rows):
+            basis, r = xp.linalg.qr(project_out(rows, q).T)
+            _, sizes, turn = xp.linalg.svd(r.T)
+            rows = turn[: int((sizes > smallest).sum())] @ basis.T
     return rows
 
 

@@ -117,7 +117,10 @@ class GrowingSketch(Accumulator):
         xp = array_api_compat.array_namespace(s)
         sketch = self._gram(s)
         before = self._remainder(s, sketch)
-        q = deflation.orthonormal_complement(sketch, self.q)
+        q = deflation.new_directions(sketch, self.q)
+        if not len(q):
+            self._growing = False
+            return
         image = self._gram(q)
         across, own = (arrays.to_numpy(rows @ image.T, np.float64) for rows in (self.q, q))
         decrease = 2 * float((arrays.to_numpy(image, np.float64) ** 2).sum()) - 2 * (across**2).sum() - (own**2).sum()
