@@ -119,7 +119,19 @@ def but(kind, old, new):
     return GOOD[kind].replace(old, new)
 
 
+INCREMENTAL = """from ntkbench.methods.hutchinson import Hutchinson
+class Mine(Hutchinson):
+    'A method.'
+    title = "mine"
+    def {attribute}(self, *args):
+        return super().{attribute}(*args)
+"""
+
 BROKEN = [
+    *(
+        ("method", INCREMENTAL.format(attribute=name), 5, f"Mine overrides {name}, .*: override estimates instead")
+        for name in ("spend", "estimate")
+    ),
     *(("method", *case) for case in [*EVERYWHERE, *AT_IMPORT]),
     ("method", "x = 1\n", 1, "defines no method"),
     ("method", "from ntkbench.methods.direct import Direct\n", 1, "defines no method"),

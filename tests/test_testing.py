@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import random
 
 import numpy as np
 import pandas as pd
@@ -142,6 +143,79 @@ class Eager(RANDOM):
         return super().estimate(prepared, metric, passes or 100, seed)
 
 
+class Larger(HONEST):
+    def estimate(self, prepared, metric, passes=None, seed=0):
+        found = super().estimate(prepared, metric, passes, seed)
+        return dataclasses.replace(found, value=found.value * (1 + (prepared.problem.N > 3)))
+
+
+class Constant(type(methods.get("sum_of_logits"))):
+    def estimate(self, *args, **kwargs):
+        return dataclasses.replace(super().estimate(*args, **kwargs), value=17.0)
+
+
+class ConstantOfItsOwn(Constant):
+    computes = "a kernel that the suite does not know"
+
+    def estimate(self, *args, **kwargs):
+        return dataclasses.replace(super().estimate(*args, **kwargs), kernel=self.computes)
+
+
+class Scattered(RANDOM):
+    def estimates(self, prepared, names, passes, seed=0, *args, **kwargs):
+        found = super().estimates(prepared, names, passes, seed, *args, **kwargs)
+        factor = 0.3 if seed % 2 else 1.38
+        return {k: dataclasses.replace(e, standard_error=factor * e.standard_error) for k, e in found.items()}
+
+
+class Doubtful(RANDOM):
+    def estimates(self, *args, **kwargs):
+        return {k: dataclasses.replace(e, degrees=0.3) for k, e in super().estimates(*args, **kwargs).items()}
+
+
+class SlightlyBiased(RANDOM):
+    def estimates(self, *args, **kwargs):
+        return {k: dataclasses.replace(e, value=1.02 * e.value) for k, e in super().estimates(*args, **kwargs).items()}
+
+
+class TwoFaced(RANDOM):
+    def spend(self, *args):
+        return dataclasses.replace(found := super().spend(*args), value=found.value * (1 + 1e-3))
+
+
+class Impatient(RANDOM):
+    def estimates(self, prepared, names, passes, seed=0, rtol=None, *args):
+        found = super().estimates(prepared, names, passes, seed, rtol, *args)
+        return found if rtol is None else {k: dataclasses.replace(e, value=2 * e.value) for k, e in found.items()}
+
+
+def damaging(damage):
+    """An exact method that does something to its network, or to the process."""
+
+    class Damaging(HONEST):
+        def estimate(self, prepared, *args, **kwargs):
+            found = super().estimate(prepared, *args, **kwargs)
+            damage(prepared.problem.module)
+            return found
+
+    return Damaging
+
+
+@torch.no_grad()
+def scale(module):
+    next(module.parameters()).mul_(1.5)
+
+
+def accumulate(module):
+    module(torch.ones(1, 3)).sum().backward()
+
+
+def run_again(module):
+    with torch.no_grad():
+        for _ in range(100):
+            module(torch.ones(3, 3))
+
+
 class Undemanding(RANDOM):
     def unsupported_reason(self, problem, metric, target, passes=None):
         return super().unsupported_reason(problem, metric, target)
@@ -163,7 +237,27 @@ def check(monkeypatch, cls: type[Method], name: str, run=testing.check_method, *
         (changed(metric="norm"), "reports the metric 'norm'"),
         (changed(standard_error=0.1), "is deterministic, but has a standard error of 0.1"),
         (changed(passes=7.0), "reports 7.0 passes, but its operators counted 12"),
+        (changed(certificate=None), "has the certificate None"),
+        (changed(rounding=None), "has the rounding None"),
         (Wrong, "instead of .* in float64"),
+        (Larger, "instead of .* for N=7 and O=4"),
+        (Constant, "is 17.0 instead of .* in float64"),
+        (ConstantOfItsOwn, "is 17.0 for two different networks"),
+        (TwoFaced, "estimate gives .* but estimates gives"),
+        (Impatient, "is wrong by .* with rtol=0.3"),
+        (damaging(scale), "changes values of the network"),
+        (damaging(accumulate), "changes gradients of parameters"),
+        (damaging(lambda module: module[0].requires_grad_(False)), "changes requires_grad of parameters"),
+        (damaging(lambda module: module.register_forward_hook(print)), "changes hooks of the network"),
+        (damaging(lambda module: module[0].weight.register_hook(abs)), "changes hooks of the network"),
+        (damaging(lambda module: module.eval()), "changes the mode of the network"),
+        (damaging(lambda module: torch.manual_seed(0)), "changes PyTorch's random state"),
+        (damaging(lambda module: np.random.rand()), "changes NumPy's random state"),
+        (damaging(lambda module: random.random()), "changes Python's random state"),
+        (damaging(lambda module: torch.set_default_dtype(torch.float64)), "changes the default precision"),
+        (damaging(lambda module: torch.set_grad_enabled(False)), "changes whether gradients are recorded"),
+        (damaging(lambda module: torch.set_num_threads(3)), "changes the number of threads"),
+        (damaging(run_again), "reports 12.0 passes, but runs the network 10[1-9] times"),
         (Rounding, "instead of .* in float32"),
         (Drifting, "two calls differ"),
         (Hungry, "instead of .* with memory for one row at a time"),
@@ -184,8 +278,26 @@ def check(monkeypatch, cls: type[Method], name: str, run=testing.check_method, *
     ],
 )
 def test_a_method_that_breaks_its_contract_gets_the_reason(monkeypatch, cls, says):
+    def process():
+        states = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+        return *states, torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+
+    before = process()
     with pytest.raises(AssertionError, match=rf"^method 'mine', torch, trace: .*{says}"):
         check(monkeypatch, cls, "mine", testing.check_method, "torch", "trace")
+    if cls is not Unseeded:
+        assert process() == before
+
+
+@pytest.mark.parametrize("kernel", testing.KERNELS)
+def test_kernels_that_methods_declare_are_those_of_their_definitions(tiny, kernel):
+    """On a linear network without a hidden layer, each kernel of N samples is their Gram matrix, and all are equal."""
+    layer = nn.Linear(3, 2)
+    weights = {key: w.detach().numpy().copy() for key, w in layer.named_parameters()}
+    problem = dataclasses.replace(tiny, module=layer, theta_0=weights, theta_f=None, jax_forward=None, _shape=[])
+    x = np.column_stack([problem.x, np.ones(problem.N)]).astype(float)
+    found = testing.KERNELS[kernel](problem, testing.explicit_jacobian(problem))
+    np.testing.assert_allclose(found, np.kron(x @ x.T, np.eye(2)), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("name", "cls"), [("direct", HONEST), ("hutchinson", RANDOM)])
@@ -204,6 +316,19 @@ def test_standard_errors_that_are_too_small_are_detected(monkeypatch):
         check(monkeypatch, Overconfident, "mine", testing.check_calibration, "trace")
     with pytest.raises(AssertionError, match="a bias of"):
         check(monkeypatch, Shifted, "mine", testing.check_calibration, "trace")
+
+
+@pytest.mark.parametrize(
+    ("cls", "says"),
+    [
+        (Scattered, "1[0-9]* of 200 intervals at 95 % contain the exact value"),
+        (Doubtful, "intervals reach .* to either side, at a standard deviation of"),
+        (SlightlyBiased, "160 passes: a bias of"),
+    ],
+)
+def test_intervals_that_mislead_are_detected(monkeypatch, cls, says):
+    with pytest.raises(AssertionError, match=says):
+        check(monkeypatch, cls, "mine", testing.check_calibration, "trace")
 
 
 def test_the_explicit_jacobian_matches_derivatives_by_hand(tiny):

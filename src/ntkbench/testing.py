@@ -19,18 +19,20 @@ import dataclasses
 import functools
 import importlib
 import math
+import random
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.stats import binom
 
 from ntkbench import errors, methods, problems, registry
 from ntkbench.errors import BadInput
-from ntkbench.estimate import Estimate
+from ntkbench.estimate import THETA, Estimate
 from ntkbench.estimators.regression import regression_error
-from ntkbench.methods.base import Method
+from ntkbench.methods.base import Incremental, Method
 from ntkbench.metrics import METRICS, REGRESSION, SPECTRAL, of_eigenvalues
 from ntkbench.options import BACKENDS, Target
 from ntkbench.problem import Problem
@@ -55,6 +57,18 @@ __all__ = [
 
 ROUNDING = {"float64": 1e-9, "float32": 1e-4}
 """Relative errors that exact methods may have."""
+
+COVERAGE = 0.9
+"""Least coverage of 95 % intervals from few probes; see :meth:`ntkbench.estimate.Estimate.interval`."""
+
+CHANCE = 1e-4
+"""Probability that intervals of this coverage fail :func:`check_calibration`."""
+
+WIDEST = 6
+"""Most standard deviations of the estimates in half of a 95 % interval; 2 for many degrees of freedom, 4.3 for two."""
+
+STEPS = {"trace": 8}
+"""Ratio of the larger budget of :func:`check_calibration` to the smaller one; 3 for metrics of pairs of probes."""
 
 
 # --- small problems and their exact metrics
@@ -140,13 +154,53 @@ def metrics_of(theta: np.ndarray, theta_f: np.ndarray | None = None) -> dict[str
     return {key: float(value) for key, value in values.items()}
 
 
-def _truth(problem: Problem, metric: str) -> float:
-    thetas = [J @ J.T for J in (explicit_jacobian(problem, end) for end in ("theta_0", "theta_f"))]
+def _own(problem: Problem) -> Problem:
+    """The problem with a copy of its network, which a method may damage."""
+    return dataclasses.replace(problem, module=_own_module(problem))
+
+
+def _truth(problem: Problem, metric: str, kernel: str = THETA) -> float:
+    thetas = [KERNELS[kernel](problem, explicit_jacobian(problem, end)) for end in ("theta_0", "theta_f")]
     if metric in SPECTRAL:
         return of_eigenvalues(metric, np.linalg.eigvalsh(thetas[0]))
     if metric == REGRESSION:
         return regression_error(thetas[0], change_by_training(problem))
     return metrics_of(*thetas)[metric]
+
+
+def _of_theta(problem: Problem, J: np.ndarray) -> np.ndarray:
+    return J @ J.T
+
+
+def _of_combination(weights: Callable[[int], np.ndarray]) -> Callable[[Problem, np.ndarray], np.ndarray]:
+    """The kernel of a combination of the outputs of a sample, times I_O."""
+
+    def kernel(problem: Problem, J: np.ndarray) -> np.ndarray:
+        g = np.einsum("o,bop->bp", weights(problem.O), J.reshape(problem.N, problem.O, -1))
+        return np.kron(g @ g.T, np.eye(problem.O))
+
+    return kernel
+
+
+def _of_traces(problem: Problem, J: np.ndarray) -> np.ndarray:
+    rows = J.reshape(problem.N, -1)
+    return np.kron(rows @ rows.T / problem.O, np.eye(problem.O))
+
+
+def _of_last_layer(problem: Problem, J: np.ndarray) -> np.ndarray:
+    layer = next(reversed(problem.theta_0)).rpartition(".")[0]
+    own = [np.full(w.size, name.rpartition(".")[0] == layer) for name, w in problem.theta_0.items()]
+    return _of_traces(problem, J[:, np.concatenate(own)])
+
+
+KERNELS: Mapping[str, Callable[[Problem, np.ndarray], np.ndarray]] = {
+    THETA: _of_theta,
+    "pNTK ⊗ I_O": _of_combination(lambda O: np.full(O, O**-0.5)),  # noqa: E741 - the field's symbol
+    "single-logit kernel ⊗ I_O": _of_combination(lambda O: np.eye(O)[0]),  # noqa: E741
+    "trace kernel ⊗ I_O": _of_traces,
+    "last-layer trace kernel ⊗ I_O": _of_last_layer,
+}
+"""Kernels ``[n, n]`` from J ``[n, P]``, by the name that a method ``computes``."""
 
 
 # --- methods
@@ -160,10 +214,19 @@ def check_method(name: str, backend: str | None = None, metric: str | None = Non
     - It returns an :class:`~ntkbench.estimate.Estimate` of finite floats under its own name.
     - The same seed gives the same number; another one gives another, unless the estimate is exact.
     - It spends no more passes than its budget, or exactly those that it announced. Its operators count the same number.
-    - An exact method agrees with J written out, in float64, in float32, and with memory for one row at a time.
-    - The error of a stochastic method is below six standard errors, in the same three cases.
+      With ample memory, later estimates run the network in PyTorch at most once for each pass.
+    - An exact method agrees with J written out, in float64, in float32, and with memory for one row at a time, and in
+      float64 on a second, larger problem. So does an approximate method that ``computes`` one of :data:`KERNELS`.
+      Values of any other kernel that has no known value differ between the two problems.
+    - The error of a stochastic method is below six standard errors, in the same four cases.
+    - An incremental method gives the same estimate by ``estimates``, which also stops at a tolerance.
+    - Exact and stochastic values have a certificate and a bound on their rounding.
+    - In its first backend alone: the larger problem, and the comparison of ``estimates`` with ``estimate``.
+    - It changes neither the network (values, gradients, hooks, mode) nor the process: the global random states of
+      PyTorch, NumPy and Python, the default precision, the recording of gradients, deterministic algorithms and the
+      number of threads. The process is restored before the check fails.
 
-    Cost: some hundred estimates of problems with at most 18 outputs.
+    Cost: some hundred estimates of problems with at most 40 outputs.
 
     Args:
         name: of the method.
@@ -176,6 +239,8 @@ def check_method(name: str, backend: str | None = None, metric: str | None = Non
     """
     method = methods.get(name)
     for one in (backend,) if backend else method.backends:
+        if one in method.backends:
+            importlib.import_module(one)  # importing JAX draws from NumPy's random state
         for each in (metric,) if metric else (m for m in method.given if m != "condition_number"):
             problem = _supported(method, each, one)
             with _said(f"method {name!r}, {one}, {each}"):
@@ -186,11 +251,19 @@ def check_method(name: str, backend: str | None = None, metric: str | None = Non
                     _check_deterministic(method, problem, each, one)
 
 
-def _supported(method: Method, metric: str, backend: str) -> Problem:
+def _supported(method: Method, metric: str, backend: str, *, larger: bool = False) -> Problem:
     """The first of some small problems that a method supports, or the first one if it supports none."""
     target = Target(backend, "float64", "cpu")
-    few = (smooth_problem(), recurrent_problem(), smooth_problem("wide_net", hidden=2, outputs=5))
-    return next((each for each in few if method.unsupported_reason(each, metric, target, 10**6) is None), few[0])
+    few: tuple[Problem, ...]
+    if larger:
+        few = (
+            smooth_problem("larger_net", 7, 4, 5, 4),
+            recurrent_problem(7, 2),
+            smooth_problem("larger_wide_net", 7, hidden=2, outputs=5),
+        )
+    else:
+        few = (smooth_problem(), recurrent_problem(), smooth_problem("wide_net", hidden=2, outputs=5))
+    return _own(next((each for each in few if method.unsupported_reason(each, metric, target, 10**6) is None), few[0]))
 
 
 def check_calibration(
@@ -198,8 +271,12 @@ def check_calibration(
 ) -> None:
     """Check that the standard errors of a stochastic method match the spread of its estimates, on 320 outputs.
 
-    The mean of squared standard errors equals the variance over seeds to within ``slack``, and the mean estimate is
-    within half a standard deviation of the exact value.
+    - The mean of squared standard errors equals the variance over seeds to within ``slack``.
+    - As many 95 % intervals contain the exact value as if each did with a probability of :data:`COVERAGE`, up to chance
+      (:data:`CHANCE`). Intervals are at most :data:`WIDEST` standard deviations wide to either side, in the median.
+    - The mean estimate is within half a standard deviation of the exact value. This holds for half of the seeds at a
+      larger budget, too, where a bias shows more: 8 times the passes for a trace and 3 times for other metrics.
+    - What :func:`check_method` requires of a single estimate.
 
     Args:
         name: of the method.
@@ -216,20 +293,35 @@ def check_calibration(
     few = (smooth_problem("wide", 40, 6, 10, 8), smooth_problem("wide_headed", 40, 6, 3, 8))
     problem = next((each for each in few if method.unsupported_reason(each, metric, target) is None), few[0])
     budget = passes or 5 * _smallest_budget(method, problem, metric, target)
-    prepared = method.prepare(problem, target)
-    estimates = [method.estimate(prepared, metric, budget, seed) for seed in range(seeds)]
-    values, errors = np.array([(e.value, e.standard_error) for e in estimates]).T
-    variance, claimed = values.var(ddof=1), (errors**2).mean()
+    estimate = _Estimator(method, _own(problem), metric, target)
+    truth = _truth(problem, metric)
+
+    def drawn(passes: int, seeds: int) -> tuple[list[Estimate], float]:
+        """Estimates, which are not biased, and their standard deviation."""
+        found = [estimate(passes, seed) for seed in range(seeds)]
+        values = np.array([each.value for each in found])
+        bias, deviation = abs(values.mean() - truth), values.std(ddof=1)
+        allowed = max(0.5 * deviation, ROUNDING["float64"] * abs(truth))
+        _require(bias <= allowed, f"a bias of {bias:.3g} at a standard deviation of {deviation:.3g}")
+        return found, float(deviation)
+
     with _said(f"method {name!r}, {metric}, {budget} passes"):
+        estimates, deviation = drawn(budget, seeds)
+        variance, claimed = deviation**2, np.mean([_standard_error(each) ** 2 for each in estimates])
         _require(
             (1 - slack) * variance < claimed < (1 + slack) * variance,
             f"standard errors imply a variance of {claimed:.3g}, but over seeds it is {variance:.3g}",
         )
-        bias = abs(values.mean() - _truth(problem, metric))
+        covered, least = sum(each.covers(truth, "float64") for each in estimates), binom.ppf(CHANCE, seeds, COVERAGE)
+        _require(covered >= least, f"{covered} of {seeds} intervals at 95 % contain the exact value")
+        reach = float(np.median([high - low for low, high in (each.interval() for each in estimates)])) / 2
         _require(
-            bias < 0.5 * math.sqrt(variance),
-            f"a bias of {bias:.3g} at a standard deviation of {math.sqrt(variance):.3g}",
+            reach <= WIDEST * deviation,
+            f"intervals reach {reach:.3g} to either side, at a standard deviation of {deviation:.3g}",
         )
+    larger = STEPS.get(metric, 3) * budget
+    with _said(f"method {name!r}, {metric}, {larger} passes"):
+        drawn(larger, max(2, seeds // 2))
 
 
 def _check_unsupported(method: Method, problem: Problem, metric: str, backend: str) -> None:
@@ -297,10 +389,31 @@ def _check_deterministic(method: Method, problem: Problem, metric: str, backend:
     _close(little.value, first.value, 1e-12, "with memory for one row at a time")
     fewer = first.passes is not None and (little.passes is None or little.passes < first.passes)
     _require(not fewer, "takes fewer passes with less memory")
+    known = method.kind == "exact" or method.computes in set(KERNELS) - {THETA}
     if method.kind == "exact":
-        truth = _truth(problem, metric)
+        _check_bounds(first)
+    if known:
+        truth = _truth(problem, metric, method.computes)
         _close(first.value, truth, ROUNDING["float64"], "in float64")
         _close(single(None).value, truth, ROUNDING["float32"], "in float32")
+    if backend != method.backends[0]:
+        return
+    larger = _supported(method, metric, backend, larger=True)
+    after = _Estimator(method, larger, metric, Target(backend, "float64", "cpu"))(None)
+    if known:
+        _close(after.value, _truth(larger, metric, method.computes), ROUNDING["float64"], _sizes(larger))
+    else:
+        _require(first.value != after.value, f"is {first.value!r} for two different networks and inputs")
+
+
+def _sizes(problem: Problem) -> str:
+    return f"for N={problem.N} and O={problem.O}"
+
+
+def _check_bounds(found: Estimate) -> None:
+    for name in ("certificate", "rounding"):
+        bound = getattr(found, name)
+        _require(bound is not None and 0 <= bound < 1, f"has the {name} {bound!r}; it must be a relative difference")
 
 
 def _check_stochastic(method: Method, problem: Problem, metric: str, backend: str) -> None:
@@ -323,15 +436,30 @@ def _check_stochastic(method: Method, problem: Problem, metric: str, backend: st
         _require(first.to_json() == again.to_json(), f"one seed gives {first} and {again}")  # nan equals nan
         error = _standard_error(first)
         _require(not error < 0, f"has a standard error of {error}")
+        known = first.degrees > 0 or math.isnan(error)
+        _require(known, f"has {first.degrees!r} degrees of freedom at a standard error of {error}")
+        _check_bounds(first)
         exact = error <= 1e-6 * abs(first.value)  # as for some methods with more probes than outputs
         # Values at the end of the metric's range are equal, but their errors are not.
         same = first.value == other.value and first.standard_error == other.standard_error
         _require(exact or not same, f"another seed gives the same number, {first.value!r}")
     truth = _truth(problem, metric)
     for estimate, where in zip(estimators, ("", " with memory for one probe", " in float32"), strict=True):
-        found = estimate(30 * least)
-        wrong, allowed = abs(found.value - truth), 6 * _standard_error(found) + 1e-5 * abs(truth)
-        _require(wrong <= allowed, f"is wrong by {wrong:.3g}{where}, but six standard errors are {allowed:.3g}")
+        _check_error(estimate(30 * least), truth, where)
+    if backend != method.backends[0]:
+        return
+    larger = _supported(method, metric, backend, larger=True)
+    passes = 30 * _smallest_budget(method, larger, metric, target)
+    _check_error(_Estimator(method, larger, metric, target)(passes), _truth(larger, metric), f" {_sizes(larger)}")
+    if isinstance(method, Incremental):
+        first, same = roomy(3 * least, 5), roomy(3 * least, 5, by_estimates=True)
+        _require(first.to_json() == same.to_json(), f"estimate gives {first}, but estimates gives {same}")
+        _check_error(roomy(40 * least, 5, by_estimates=True, rtol=0.3), truth, " with rtol=0.3")
+
+
+def _check_error(found: Estimate, truth: float, where: str) -> None:
+    wrong, allowed = abs(found.value - truth), 6 * _standard_error(found) + 1e-5 * abs(truth)
+    _require(wrong <= allowed, f"is wrong by {wrong:.3g}{where}, but six standard errors are {allowed:.3g}")
 
 
 def _standard_error(found: Estimate) -> float:
@@ -351,8 +479,10 @@ class _Estimator:
     """Estimates from one preparation, checked against the contract."""
 
     def __init__(self, method: Method, problem: Problem, metric: str, target: Target) -> None:
-        self._method, self._metric = method, metric
-        self._prepared = method.prepare(problem, target)
+        self._method, self._problem, self._metric = method, problem, metric
+        self._ample, self._certified = target.memory == Target().memory, False
+        with _unchanged(problem):
+            self._prepared = method.prepare(problem, target)
         self._operators: list[Any] = []
         if jacobians := getattr(self._prepared, "jacobians", None):
 
@@ -363,10 +493,19 @@ class _Estimator:
 
             self._prepared.jacobians = noted
 
-    def __call__(self, passes: int | None, seed: int = 0) -> Estimate:
+    def __call__(
+        self, passes: int | None, seed: int = 0, *, by_estimates: bool = False, rtol: float | None = None
+    ) -> Estimate:
         """Make an estimate, and check its values, its names, and its passes against the operators' count."""
         self._operators.clear()
-        found = self._method.estimate(self._prepared, self._metric, passes, seed)
+        with _unchanged(self._problem), _runs(self._problem) as runs:
+            if by_estimates:
+                assert isinstance(self._method, Incremental) and passes is not None
+                several = self._method.estimates(self._prepared, (self._metric,), passes, seed, rtol)
+                _require(list(several) == [self._metric], f"estimates gives {', '.join(several)}")
+                found = several[self._metric]
+            else:
+                found = self._method.estimate(self._prepared, self._metric, passes, seed)
         _require(isinstance(found, Estimate), f"returns a {type(found).__name__}, not an Estimate")
         _require(type(found.value) is float and math.isfinite(found.value), f"has the value {found.value!r}")
         _require(found.method == self._method.name, f"names itself {found.method!r}")
@@ -378,7 +517,96 @@ class _Estimator:
         if self._operators:
             counted = sum(operator.passes for operator in self._operators)
             _require(found.passes == counted, f"reports {found.passes} passes, but its operators counted {counted}")
+        if self._ample and self._certified and found.passes is not None:
+            most = math.ceil(found.passes)
+            _require(sum(runs) <= most, f"reports {found.passes} passes, but runs the network {sum(runs):g} times")
+        self._certified = True
         return found
+
+
+@contextlib.contextmanager
+def _runs(problem: Problem) -> Iterator[list[float]]:
+    """The share of the inputs in each call of the problem's network in torch; tracing it counts as well."""
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    runs: list[float] = []
+
+    def note(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if type(module) is type(problem.module):
+            runs.append(len(arguments[0]) / len(problem.x))
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        yield runs
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _unchanged(problem: Problem) -> Iterator[None]:
+    """Require that a call changes neither the problem nor the process, which is restored."""
+    import torch
+
+    restored = [
+        functools.partial(np.random.set_state, np.random.get_state()),
+        functools.partial(random.setstate, random.getstate()),
+        functools.partial(torch.set_default_dtype, torch.get_default_dtype()),
+        functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()),
+    ]
+    threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(UNUSUAL)
+            np.random.seed(UNUSUAL)
+            random.seed(UNUSUAL)
+            before = _state(problem)
+            yield
+            after = _state(problem)
+    finally:
+        for restore in restored:
+            restore()
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+    changed = [what for what in before if before[what] != after[what]]
+    _require(not changed, f"changes {' and '.join(changed)}")
+
+
+UNUSUAL = 271_828_183
+"""A seed that no method sets by chance, so that seeding the global generators shows."""
+
+
+def _state(problem: Problem) -> dict[str, Any]:
+    """What a method must leave as it is, by name."""
+    import torch
+
+    network = problem.network
+    modules, parameters = list(network.modules()), list(network.parameters())
+    numpy: Any = np.random.get_state()
+    return {
+        "the problem's inputs, weights or other tensors": problem.contents(),
+        "values of the network": [_bytes(tensor) for tensor in network.state_dict().values()],
+        "gradients of parameters": [_bytes(w.grad) for w in parameters],
+        "requires_grad of parameters": [w.requires_grad for w in parameters],
+        "hooks of the network": [list(hooks) for each in (*modules, *parameters) for hooks in _hooks(each)],
+        "the mode of the network": [module.training for module in modules],
+        "PyTorch's random state": _bytes(torch.get_rng_state()),
+        "NumPy's random state": (numpy[1].tobytes(), *numpy[2:]),
+        "Python's random state": random.getstate(),
+        "the default precision": torch.get_default_dtype(),
+        "whether gradients are recorded": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "the number of threads": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def _bytes(tensor: Any) -> bytes | None:
+    return None if tensor is None else tensor.detach().numpy().tobytes()
+
+
+def _hooks(module: Any) -> Iterator[Mapping[int, Any]]:
+    """Those of a module, or those of a parameter on its gradient."""
+    own = {**vars(module), "_backward_hooks": module._backward_hooks}
+    yield from (hooks or {} for name, hooks in sorted(own.items()) if name.endswith("_hooks"))
 
 
 def _estimators(method: Method, problem: Problem, metric: str, backend: str) -> tuple[_Estimator, ...]:

@@ -13,7 +13,7 @@ from types import ModuleType
 
 from ntkbench import registry
 from ntkbench.errors import BadInput, unknown
-from ntkbench.methods.base import KINDS, Method, Stochastic
+from ntkbench.methods.base import KINDS, Incremental, Method, Stochastic
 from ntkbench.metrics import METRICS, OF_KERNEL
 from ntkbench.options import BACKENDS
 from ntkbench.registry import Fault, Source
@@ -74,6 +74,10 @@ def _checked(source: Source, module: ModuleType, name: str) -> Method:
         raise fault("kind", str(unknown("kind", cls.kind, KINDS)))
     if (cls.kind == "stochastic") != issubclass(cls, Stochastic):
         raise fault("kind", f"kind is {cls.kind!r}: 'stochastic' is for all subclasses of Stochastic and for no others")
+    for attribute in ("estimate", "spend") if issubclass(cls, Incremental) else ():
+        if getattr(cls, attribute) is not getattr(Incremental, attribute):
+            says = f"overrides {attribute}, which is not called where metrics share probes: override estimates instead"
+            raise fault(attribute, f"{cls.__name__} {says}")
     _check_words(cls, "backends", "backend", BACKENDS, fault)
     if cls.metrics != () or not cls.kernel_metrics:
         _check_words(cls, "metrics", "metric", METRICS, fault)
