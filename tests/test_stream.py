@@ -126,7 +126,7 @@ def test_samples_that_interact_in_a_later_part_are_joined():
 
 def test_samples_that_interact_in_a_later_part_need_a_loader_that_can_be_read_again():
     model = seeded(Capacity).double()
-    with pytest.raises(BadInput, match="before index 130 .* gives other samples when it is read again"):
+    with pytest.raises(BadInput, match=r"before index 130 .* gives other samples when it is read again"):
         ntkbench.trace(model, DataLoader(Once(CROWDED), batch_size=70))
     with pytest.raises(BadInput, match="from index 70 on: per_sample_trace cannot compute"):
         ntkbench.trace(model, DataLoader(CROWDED, batch_size=70), method="per_sample_trace", passes=20)
@@ -146,7 +146,7 @@ def test_batches_that_do_not_fit_together_are_refused_in_one_line(monkeypatch):
     model, loader = seeded(Capacity).double(), DataLoader(CROWDED, batch_size=70)
     own = calls.concatenated
     monkeypatch.setattr(calls, "concatenated", lambda parts, start=0: (own if isinstance(parts, list) else full)(parts))
-    with pytest.raises(OverMemory, match="samples interact, so all batches .* do not fit in memory"):
+    with pytest.raises(OverMemory, match=r"samples interact, so all batches .* do not fit in memory"):
         ntkbench.trace(model, loader)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
+import weakref
 from collections import UserDict
 from types import SimpleNamespace
 
@@ -440,6 +442,75 @@ def test_a_hook_that_uses_the_model_itself_is_refused_and_not_called(kind):
     with pytest.raises(ntkbench.BadInput, match=r"a function that uses model itself \(a hook of 'body'\)"):
         ntkbench.trace(model, X)
     assert model.shown is shown
+
+
+class Gain(nn.Module):
+    """A layer times a buffer that it finds in some way."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("gain", torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.layer(x) * self.found()
+
+    def found(self):
+        return self.through()
+
+    def through(self):
+        return self.where().gain
+
+
+class ByGlobalVariable(Gain):
+    def through(self):
+        return GLOBAL.gain
+
+
+class ByFunction(Gain):
+    def found(self):
+        return of_global()
+
+
+def of_global():
+    return GLOBAL.gain
+
+
+GLOBAL = Gain()
+
+
+@pytest.mark.parametrize(
+    ("make", "where"),
+    [
+        (lambda: setattr(model := Gain(), "where", weakref.ref(model)) or model, "the attribute 'where'"),
+        (ByGlobalVariable, "the method 'through'"),
+        (ByFunction, "the method 'found'"),
+    ],
+)
+def test_what_copies_would_share_is_refused_if_it_refers_to_the_model(monkeypatch, make, where):
+    model = seeded(make)
+    monkeypatch.setattr(sys.modules[__name__], "GLOBAL", model)
+    with pytest.raises(ntkbench.BadInput, match=rf"a function that uses model itself \({where}\)"):
+        ntkbench.Kernel(model, X)
+
+
+def test_a_proxy_refers_to_the_copy():
+    class ByProxy(Gain):
+        def through(self):
+            return self.proxy.gain
+
+    model = seeded(ByProxy)
+    object.__setattr__(model, "proxy", weakref.proxy(model))
+    kernel = ntkbench.Kernel(model, X)
+    expected = kernel.trace().value * 9
+    assert kernel.at({"gain": torch.tensor(6.0)}).trace().value == pytest.approx(expected, rel=1e-5)
+
+
+def test_references_to_other_models_are_allowed(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "GLOBAL", seeded(Gain))
+    model = seeded(ByGlobalVariable)
+    model.unused = weakref.ref(GLOBAL)
+    assert ntkbench.trace(model, X).value > 0
 
 
 def test_a_hook_that_is_a_method_uses_the_copy():
