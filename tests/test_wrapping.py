@@ -494,6 +494,42 @@ def test_what_copies_would_share_is_refused_if_it_refers_to_the_model(monkeypatc
         ntkbench.Kernel(model, X)
 
 
+class Unregistered(nn.Module):
+    """Its second layer is trainable, but not among its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.others = nn.Linear(4, 5), [nn.Linear(5, 3)]
+
+    def forward(self, x):
+        return self.others[0](self.first(x).tanh())
+
+
+class Hidden(Unregistered):
+    def __init__(self):
+        super().__init__()
+        self.second = self.others[0]
+
+    def named_parameters(self, *args, **kwargs):
+        return ((key, w) for key, w in super().named_parameters(*args, **kwargs) if key.startswith("first"))
+
+
+@pytest.mark.parametrize("make", [Unregistered, Hidden])
+def test_trainable_tensors_that_are_no_parameters_are_left_out_with_a_note(make):
+    model = seeded(make)
+    twin = seeded(Hidden)
+    twin.second.requires_grad_(False)
+    expected = ntkbench.trace(twin, X)
+    assert expected.notes == ()
+    for method in ("auto", "batched_jacobian", "block_u_statistics", "hutchpp", "per_sample_trace_forward"):
+        passes = None if method in ("auto", "batched_jacobian") else 60
+        found, of_twin = (ntkbench.trace(each, X, method=method, passes=passes) for each in (model, twin))
+        assert found.value == pytest.approx(of_twin.value, rel=1e-5)
+        assert found.notes[-1].startswith("J leaves out tensors with requires_grad=True that are not among")
+    assert "structured_derivatives" in str(ntkbench.recommend(model, X))
+    assert all(w.grad is None for w in (*model.first.parameters(), *model.others[0].parameters()))
+
+
 def test_a_proxy_refers_to_the_copy():
     class ByProxy(Gain):
         def through(self):

@@ -717,7 +717,10 @@ class Kernel:
     def _estimates(self, names: Sequence[str], asked: Options) -> Estimates:
         ladder.check(names, asked)
         with self._settings():
-            return ladder.estimates(self.problem, names, self._target, asked, self._prepare)
+            found = ladder.estimates(self.problem, names, self._target, asked, self._prepare)
+            if not (notes := self._source.notes):
+                return found
+        return Estimates({name: replace(each, notes=(*each.notes, *notes)) for name, each in found.items()})
 
     def _prepare(self, method: Method) -> Any:
         """A method ready for this kernel; methods that prepare the same thing share it, or its refusal."""
