@@ -530,6 +530,34 @@ def test_trainable_tensors_that_are_no_parameters_are_left_out_with_a_note(make)
     assert all(w.grad is None for w in (*model.first.parameters(), *model.others[0].parameters()))
 
 
+class Conditional(nn.Module):
+    """Two branches, of which torch compiles both."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda x: self.layer(x).sin(), lambda x: self.layer(x).cos(), (x,))
+
+
+def test_a_network_with_branches_that_torch_compiles_still_works_afterwards():
+    model = seeded(Conditional)
+    outputs = model(X).detach()
+    expected = torch.stack(rows_of(model)).square().sum()
+    assert ntkbench.trace(model, X).value == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(ntkbench.BadInput):
+        ntkbench.trace(model, X, method="structured_derivatives")
+    assert torch.equal(model(X), outputs)
+
+
+def rows_of(model: nn.Module) -> list[torch.Tensor]:
+    """Rows of the Jacobian."""
+    theta = tuple(model.parameters())
+    every = (torch.autograd.grad(f, theta, retain_graph=True) for f in model(X).reshape(-1))
+    return [torch.cat([g.reshape(-1) for g in each]) for each in every]
+
+
 def test_a_proxy_refers_to_the_copy():
     class ByProxy(Gain):
         def through(self):
