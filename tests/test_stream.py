@@ -280,3 +280,10 @@ def test_recurrent_layers_are_supported(layer):
 def test_batches_that_do_not_fit_are_named(batches, says):
     with pytest.raises(BadInput, match=says):
         ntkbench.trace(network(), DataLoader(batches, batch_size=None))
+
+
+@pytest.mark.parametrize("metric", ["trace", "norm"])
+@pytest.mark.parametrize("data", [X, TensorDataset(X, torch.arange(N))])
+def test_a_loader_that_does_not_batch_its_samples_is_named(metric, data):
+    with pytest.raises(BadInput, match=r"batch_size=None, so each of its items must be a batch \[N, ...\]"):
+        getattr(ntkbench, metric)(network(), DataLoader(data, batch_size=None), call=lambda m, b: m(b))

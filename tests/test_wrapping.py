@@ -530,6 +530,26 @@ def test_trainable_tensors_that_are_no_parameters_are_left_out_with_a_note(make)
     assert all(w.grad is None for w in (*model.first.parameters(), *model.others[0].parameters()))
 
 
+class Keeping(nn.Module):
+    """Keeps a tensor that its first call computes from a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.kept = nn.Linear(4, 3), None
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = self.layer.weight.tanh().sum(0)
+        return self.layer(x * self.kept)
+
+
+def test_a_network_that_keeps_a_part_of_its_graph_is_refused_in_one_line():
+    says = "^the network keeps a tensor that its first call computed from parameters, [^:]*: compute it in each call$"
+    for use in (ntkbench.trace, ntkbench.ntk, lambda m, x: ntkbench.norm(m, x, method="naive_jacobian")):
+        with pytest.raises(ntkbench.BadInput, match=says):
+            use(seeded(Keeping), X)
+
+
 class Conditional(nn.Module):
     """Two branches, of which torch compiles both."""
 

@@ -56,15 +56,16 @@ def trace(model: Any, loader: Any, setup: Setup, groups: Mapping[str, Any] | Non
             :func:`ntkbench.trace`.
         OverMemory: samples interact, and all batches together do not fit in memory; or as for :func:`ntkbench.trace`.
     """
-    from ntkbench.problems.base.calls import NO_BATCH, grouped, reading
+    from ntkbench.problems.base.calls import NO_BATCH, grouped, reading, unbatched
     from ntkbench.problems.base.module import TOGETHER
 
     with reading(loader) as batches:
         parts = grouped(batches, TOGETHER)
-        head = next(parts, None)
-        if head is None:
-            raise BadInput(NO_BATCH)
-        first = Kernel(model, head, **setup)
+        with unbatched(loader):
+            head = next(parts, None)
+            if head is None:
+                raise BadInput(NO_BATCH)
+            first = Kernel(model, head, **setup)
         if first.problem.samples_interact:
             return _of_one(Kernel(model, _joined(itertools.chain([head], parts)), **setup), groups, options)
         more = next(parts, None)

@@ -88,10 +88,11 @@ class TorchSource(Source):
         from ntkbench.problems.base import calls
         from ntkbench.problems.base.sequences import wrapped
 
-        self._module, x = calls.as_module(model, inputs, call, output)
-        # The caller may write to its own tensor, and frees its graph.
-        self._x = x.detach().clone() if isinstance(x, torch.Tensor) else x
-        self.problem = wrapped(self._module, self._x, dtype=dtype)
+        with calls.unbatched(inputs):
+            self._module, x = calls.as_module(model, inputs, call, output)
+            # The caller may write to its own tensor, and frees its graph.
+            self._x = x.detach().clone() if isinstance(x, torch.Tensor) else x
+            self.problem = wrapped(self._module, self._x, dtype=dtype)
         self._dtype = str(next(iter(self.problem.theta_0.values())).dtype)
 
     @functools.cached_property
