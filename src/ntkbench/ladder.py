@@ -188,8 +188,8 @@ def _reasons(remarks: Sequence[str]) -> str:
         for part in re.sub(r"^\w+ products: ", "", reason).split("; "):
             methods_of.setdefault(part, []).extend(names.split(" and "))
     grouped: dict[str, list[str]] = {}
-    for part, names in methods_of.items():
-        grouped.setdefault(" and ".join(dict.fromkeys(names)), []).append(part)
+    for part, each in methods_of.items():
+        grouped.setdefault(" and ".join(dict.fromkeys(each)), []).append(part)
     return "; ".join(f"{names}: {'; '.join(parts)}" for names, parts in grouped.items())
 
 

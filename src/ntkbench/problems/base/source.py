@@ -96,7 +96,7 @@ class TorchSource(Source):
         self._dtype = str(next(iter(self.problem.theta_0.values())).dtype)
 
     @functools.cached_property
-    def notes(self) -> tuple[str, ...]:  # type: ignore[override]
+    def notes(self) -> tuple[str, ...]:
         """As in :class:`Source`; one forward pass, of one sample if samples do not interact."""
         import torch
 
