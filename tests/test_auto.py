@@ -405,3 +405,15 @@ def test_a_function_in_jax_counts_as_a_network_that_uses_weights_once():
     problem = ntkbench.from_function(lambda w, x: x @ w["w"], jnp.ones((4, 5, 3)), {"w": jnp.ones((3, 2))})
     assert operations.of_pass(problem) == 4 * 4 * problem.P
     assert operations.of_kernel(problem, 2) == operations.of_rows(8, problem.P)
+
+
+def test_a_refusal_gives_each_reason_once():
+    remarks = [
+        "passed over a: vjp products: off by 1; raised",
+        "256 passes of b came first: a seemed to be cheaper",
+        "passed over c and a: row products: raised",
+        "passed over d: off by 2",
+    ]
+    assert ladder._reasons(remarks) == (
+        "a: off by 1; a and c: raised; 256 passes of b came first: a seemed to be cheaper; d: off by 2"
+    )

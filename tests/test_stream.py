@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import ntkbench
 from ntkbench import methods
-from ntkbench.errors import BadInput
+from ntkbench.errors import BadInput, OverMemory
 from ntkbench.estimate import Estimate
+from ntkbench.problems.base import calls
 from ntkbench.stream import total
 
 N, INPUTS = 200, 5
@@ -90,6 +91,63 @@ def normalised() -> nn.Module:
 def test_samples_that_interact_are_joined(kind, make):
     loader, call = LOADERS[kind]()
     assert ntkbench.trace(make(), loader, call=call).value == pytest.approx(ntkbench.trace(make(), X).value, rel=1e-10)
+
+
+class Capacity(nn.Module):
+    """A mixture of experts that takes at most 5/8 of a batch, as few do: samples interact in the second part alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.all, self.expert = nn.Linear(INPUTS, 3), nn.Linear(INPUTS, 3)
+
+    def forward(self, x):
+        wanted = x[:, 0] > 0
+        taken = wanted & (wanted.cumsum(0) <= -(-len(x) * 5 // 8))
+        return self.all(x) + self.expert(x) * taken[:, None]
+
+
+CROWDED = X[:130].abs() * torch.where(torch.arange(130) < 70, 1 - 2 * (torch.arange(130) % 2), 1)[:, None]
+
+
+def test_samples_that_interact_in_a_later_part_are_joined():
+    model, loader = seeded(Capacity).double(), DataLoader(TensorDataset(CROWDED), batch_size=70)
+    assert not ntkbench.Kernel(model, CROWDED[:70]).problem.samples_interact
+    jacobian = [
+        torch.cat([g.reshape(-1) for g in torch.autograd.grad(f, tuple(model.parameters()), retain_graph=True)])
+        for f in model(CROWDED).reshape(-1)
+    ]
+    exact = float(torch.stack(jacobian).square().sum())
+    assert ntkbench.trace(model, loader).value == pytest.approx(exact, rel=1e-10)
+    groups = ntkbench.trace(model, loader, parameters={"all": "all.*", "expert": "expert.*"})
+    assert sum(each.value for each in groups.values()) == pytest.approx(exact, rel=1e-10)
+    found, joined = (ntkbench.trace(model, each, method="hutchinson", passes=20) for each in (loader, CROWDED))
+    assert found.value == joined.value
+
+
+def test_samples_that_interact_in_a_later_part_need_a_loader_that_can_be_read_again():
+    model = seeded(Capacity).double()
+    with pytest.raises(BadInput, match=r"before index 130 .* gives other samples when it is read again"):
+        ntkbench.trace(model, DataLoader(Once(CROWDED), batch_size=70))
+    with pytest.raises(BadInput, match="from index 70 on: per_sample_trace cannot compute"):
+        ntkbench.trace(model, DataLoader(CROWDED, batch_size=70), method="per_sample_trace", passes=20)
+
+
+def test_regression_refuses_other_inputs_that_interact():
+    kernel = ntkbench.Kernel(seeded(Capacity).double(), CROWDED[:70])
+    with pytest.raises(BadInput, match="samples interact in this network"):
+        kernel.regress(CROWDED[70:], torch.ones(70, 3), ridge=0.1)
+    assert kernel.regress(CROWDED[:70], torch.ones(70, 3), ridge=0.1).values.shape == (70, 3)
+
+
+def test_batches_that_do_not_fit_together_are_refused_in_one_line(monkeypatch):
+    def full(parts, start=0):
+        raise RuntimeError("can't allocate memory: you tried to allocate 9 bytes")
+
+    model, loader = seeded(Capacity).double(), DataLoader(CROWDED, batch_size=70)
+    own = calls.concatenated
+    monkeypatch.setattr(calls, "concatenated", lambda parts, start=0: (own if isinstance(parts, list) else full)(parts))
+    with pytest.raises(OverMemory, match=r"samples interact, so all batches .* do not fit in memory"):
+        ntkbench.trace(model, loader)
 
 
 @pytest.mark.slow
@@ -222,3 +280,10 @@ def test_recurrent_layers_are_supported(layer):
 def test_batches_that_do_not_fit_are_named(batches, says):
     with pytest.raises(BadInput, match=says):
         ntkbench.trace(network(), DataLoader(batches, batch_size=None))
+
+
+@pytest.mark.parametrize("metric", ["trace", "norm"])
+@pytest.mark.parametrize("data", [X, TensorDataset(X, torch.arange(N))])
+def test_a_loader_that_does_not_batch_its_samples_is_named(metric, data):
+    with pytest.raises(BadInput, match=r"batch_size=None, so each of its items must be a batch \[N, ...\]"):
+        getattr(ntkbench, metric)(network(), DataLoader(data, batch_size=None), call=lambda m, b: m(b))

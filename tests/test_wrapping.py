@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
+import weakref
 from collections import UserDict
 from types import SimpleNamespace
 
@@ -440,6 +442,159 @@ def test_a_hook_that_uses_the_model_itself_is_refused_and_not_called(kind):
     with pytest.raises(ntkbench.BadInput, match=r"a function that uses model itself \(a hook of 'body'\)"):
         ntkbench.trace(model, X)
     assert model.shown is shown
+
+
+class Gain(nn.Module):
+    """A layer times a buffer that it finds in some way."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("gain", torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.layer(x) * self.found()
+
+    def found(self):
+        return self.through()
+
+    def through(self):
+        return self.where().gain
+
+
+class ByGlobalVariable(Gain):
+    def through(self):
+        return GLOBAL.gain
+
+
+class ByFunction(Gain):
+    def found(self):
+        return of_global()
+
+
+def of_global():
+    return GLOBAL.gain
+
+
+GLOBAL = Gain()
+
+
+@pytest.mark.parametrize(
+    ("make", "where"),
+    [
+        (lambda: setattr(model := Gain(), "where", weakref.ref(model)) or model, "the attribute 'where'"),
+        (ByGlobalVariable, "the method 'through'"),
+        (ByFunction, "the method 'found'"),
+    ],
+)
+def test_what_copies_would_share_is_refused_if_it_refers_to_the_model(monkeypatch, make, where):
+    model = seeded(make)
+    monkeypatch.setattr(sys.modules[__name__], "GLOBAL", model)
+    with pytest.raises(ntkbench.BadInput, match=rf"a function that uses model itself \({where}\)"):
+        ntkbench.Kernel(model, X)
+
+
+class Unregistered(nn.Module):
+    """Its second layer is trainable, but not among its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.others = nn.Linear(4, 5), [nn.Linear(5, 3)]
+
+    def forward(self, x):
+        return self.others[0](self.first(x).tanh())
+
+
+class Hidden(Unregistered):
+    def __init__(self):
+        super().__init__()
+        self.second = self.others[0]
+
+    def named_parameters(self, *args, **kwargs):
+        return ((key, w) for key, w in super().named_parameters(*args, **kwargs) if key.startswith("first"))
+
+
+@pytest.mark.parametrize("make", [Unregistered, Hidden])
+def test_trainable_tensors_that_are_no_parameters_are_left_out_with_a_note(make):
+    model = seeded(make)
+    twin = seeded(Hidden)
+    twin.second.requires_grad_(False)
+    expected = ntkbench.trace(twin, X)
+    assert expected.notes == ()
+    for method in ("auto", "batched_jacobian", "block_u_statistics", "hutchpp", "per_sample_trace_forward"):
+        passes = None if method in ("auto", "batched_jacobian") else 60
+        found, of_twin = (ntkbench.trace(each, X, method=method, passes=passes) for each in (model, twin))
+        assert found.value == pytest.approx(of_twin.value, rel=1e-5)
+        assert found.notes[-1].startswith("J leaves out tensors with requires_grad=True that are not among")
+    assert "structured_derivatives" in str(ntkbench.recommend(model, X))
+    assert all(w.grad is None for w in (*model.first.parameters(), *model.others[0].parameters()))
+
+
+class Keeping(nn.Module):
+    """Keeps a tensor that its first call computes from a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.kept = nn.Linear(4, 3), None
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = self.layer.weight.tanh().sum(0)
+        return self.layer(x * self.kept)
+
+
+def test_a_network_that_keeps_a_part_of_its_graph_is_refused_in_one_line():
+    says = "^the network keeps a tensor that its first call computed from parameters, [^:]*: compute it in each call$"
+    for use in (ntkbench.trace, ntkbench.ntk, lambda m, x: ntkbench.norm(m, x, method="naive_jacobian")):
+        with pytest.raises(ntkbench.BadInput, match=says):
+            use(seeded(Keeping), X)
+
+
+class Conditional(nn.Module):
+    """Two branches, of which torch compiles both."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda x: self.layer(x).sin(), lambda x: self.layer(x).cos(), (x,))
+
+
+def test_a_network_with_branches_that_torch_compiles_still_works_afterwards():
+    model = seeded(Conditional)
+    outputs = model(X).detach()
+    expected = torch.stack(rows_of(model)).square().sum()
+    assert ntkbench.trace(model, X).value == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(ntkbench.BadInput):
+        ntkbench.trace(model, X, method="structured_derivatives")
+    assert torch.equal(model(X), outputs)
+
+
+def rows_of(model: nn.Module) -> list[torch.Tensor]:
+    """Rows of the Jacobian."""
+    theta = tuple(model.parameters())
+    every = (torch.autograd.grad(f, theta, retain_graph=True) for f in model(X).reshape(-1))
+    return [torch.cat([g.reshape(-1) for g in each]) for each in every]
+
+
+def test_a_proxy_refers_to_the_copy():
+    class ByProxy(Gain):
+        def through(self):
+            return self.proxy.gain
+
+    model = seeded(ByProxy)
+    object.__setattr__(model, "proxy", weakref.proxy(model))
+    kernel = ntkbench.Kernel(model, X)
+    expected = kernel.trace().value * 9
+    assert kernel.at({"gain": torch.tensor(6.0)}).trace().value == pytest.approx(expected, rel=1e-5)
+
+
+def test_references_to_other_models_are_allowed(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "GLOBAL", seeded(Gain))
+    model = seeded(ByGlobalVariable)
+    model.unused = weakref.ref(GLOBAL)
+    assert ntkbench.trace(model, X).value > 0
 
 
 def test_a_hook_that_is_a_method_uses_the_copy():

@@ -75,6 +75,18 @@ def own_settings(dtype: str | None = None, device: str | None = None, *, tf32: b
 
 
 @contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run functions that a network compiles, as ``torch.cond`` does, as they are, for use with dispatch modes.
+
+    Compiled under such a mode, a function stays broken for the rest of the process.
+    """
+    import torch
+
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
 def _without_saving_hooks() -> Iterator[None]:
     """Save tensors unchanged, without the caller's ``torch.autograd.graph.saved_tensors_hooks``.
 

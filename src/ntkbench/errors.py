@@ -29,6 +29,10 @@ class Unsupported(BadInput, Unavailable):
     """A network that a method turns out not to support once it is prepared; tables skip it."""
 
 
+class NoSecondPass(BadInput):
+    """A network that keeps a part of its first call's graph, which a backward pass frees."""
+
+
 class OverMemory(NtkbenchError, MemoryError):
     """A computation that would need more memory than it may use."""
 

@@ -64,6 +64,11 @@ FACTORED = 2
 ALIGNED = 4
 """The same for the alignment with a matrix."""
 
+NO_COLUMNS = (
+    "samples interact in this network, so a kernel between two batches is not defined: omit the second inputs, or call "
+    "model.eval() if it has BatchNorm in train mode"
+)
+
 SHARE = 8
 """If these do not fit, a block of Theta in float64 fills at most 1 / SHARE of the memory."""
 
@@ -543,8 +548,8 @@ class Kernel:
         It is the mean of a Gaussian process with covariance Theta and noise ``ridge``. The network, linearised at
         its weights and trained on y to convergence, predicts ``f(x') + regress(x', y - f(x))``.
 
-        Cost: that of :meth:`solve`, and one pass over each set of inputs, in float64 if the network runs in float64. No
-        kernel between the two is formed.
+        Cost: that of :meth:`solve`, two passes over each set of inputs to check that samples do not interact, and one
+        pass over each, in float64 if the network runs in float64. No kernel between the two is formed.
 
         Source: Jacot, Gabriel, Hongler 2018; Lee et al. 2019, equation 11.
 
@@ -560,9 +565,12 @@ class Kernel:
             BadInput: samples interact, so that no kernel between two batches exists; or as for :func:`ntkbench.solve`.
         """
         from ntkbench.estimators.solve import Regression
-        from ntkbench.operators import linearise
+        from ntkbench.operators import interact, linearise
 
         problem, columns = self._columns(inputs)
+        with self._settings():  # products over a whole batch do not show it
+            if any(interact(each, self._target) for each in (self.problem, _on_columns(problem, columns))):
+                raise BadInput(NO_COLUMNS)
         solution = self.solve(y, ridge=ridge, rtol=rtol, passes=passes, seed=seed)
         size = float(np.linalg.norm(solution.values)) or 1.0
         target = self._precise()
@@ -608,10 +616,7 @@ class Kernel:
             with ambient.own_settings():
                 if problem.N > 1 or not _interact(problem, columns):
                     return problem, columns
-        raise BadInput(
-            "samples interact in this network, so a kernel between two batches is not defined: omit the second "
-            "inputs, or call model.eval() if it has BatchNorm in train mode"
-        )
+        raise BadInput(NO_COLUMNS)
 
     def _like_outputs(self, y: Any) -> np.ndarray:
         """The array y, shaped like the outputs, in float64.
@@ -712,7 +717,10 @@ class Kernel:
     def _estimates(self, names: Sequence[str], asked: Options) -> Estimates:
         ladder.check(names, asked)
         with self._settings():
-            return ladder.estimates(self.problem, names, self._target, asked, self._prepare)
+            found = ladder.estimates(self.problem, names, self._target, asked, self._prepare)
+            if not (notes := self._source.notes):
+                return found
+        return Estimates({name: replace(each, notes=(*each.notes, *notes)) for name, each in found.items()})
 
     def _prepare(self, method: Method) -> Any:
         """A method ready for this kernel; methods that prepare the same thing share it, or its refusal."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -140,7 +141,9 @@ class Underflow(BadInput):
 
 def concerns_all_methods(error: Exception) -> bool:
     """Whether an error comes from the kernel or the machine, so that no other method can work."""
-    return isinstance(error, (Undefined, Unavailable, Underflow)) and not isinstance(error, (Missing, Unsupported))
+    return isinstance(error, (Undefined, Unavailable, Underflow, errors.NoSecondPass)) and not isinstance(
+        error, (Missing, Unsupported)
+    )
 
 
 Prepare = Callable[[Method], Any]
@@ -174,8 +177,20 @@ def estimates(problem: Problem, names: Sequence[str], target: Target, options: O
     for name in list(search.given_up):  # nothing else worked
         if found := search.tried(name):
             return found
-    reasons = "; ".join(remark.removeprefix("passed over ") for remark in search.remarks)
-    raise BadInput(f"no method can compute the {' and '.join(names)} of this network: {reasons}")
+    raise BadInput(f"no method can compute the {' and '.join(names)} of this network: {_reasons(search.remarks)}")
+
+
+def _reasons(remarks: Sequence[str]) -> str:
+    """Remarks on methods that failed, each reason once: after the names of all methods that it holds for."""
+    methods_of: dict[str, list[str]] = {}
+    for remark in remarks:
+        names, _, reason = remark.removeprefix("passed over ").partition(": ")
+        for part in re.sub(r"^\w+ products: ", "", reason).split("; "):
+            methods_of.setdefault(part, []).extend(names.split(" and "))
+    grouped: dict[str, list[str]] = {}
+    for part, each in methods_of.items():
+        grouped.setdefault(" and ".join(dict.fromkeys(each)), []).append(part)
+    return "; ".join(f"{names}: {'; '.join(parts)}" for names, parts in grouped.items())
 
 
 class _Search:

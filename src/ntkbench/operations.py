@@ -10,6 +10,7 @@ from collections import defaultdict
 from typing import Any, NamedTuple
 
 from ntkbench import metrics
+from ntkbench.ambient import uncompiled
 from ntkbench.operators import declares
 from ntkbench.problem import Problem, on_shapes
 
@@ -181,6 +182,6 @@ def _on_shapes(problem: Problem) -> tuple[float, list[Layer], tuple[tuple[int, i
         return add(groups, w[0] // groups, w[1] * positions, math.prod(out_shape[2:]))
 
     own = {aten.mm: mm, aten.addmm: addmm, aten.bmm: bmm, aten.convolution: convolution}
-    with FlopCounterMode(display=False, custom_mapping=own) as counter:
+    with uncompiled(), FlopCounterMode(display=False, custom_mapping=own) as counter:
         on_shapes(problem, problem.module)
     return counter.get_total_flops() / 2, layers, last

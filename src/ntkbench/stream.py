@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ntkbench.errors import BadInput
+from ntkbench import methods
+from ntkbench.errors import BadInput, OverMemory, summary
 from ntkbench.estimate import Estimate
 from ntkbench.estimators.standard_errors import satterthwaite
 from ntkbench.kernel import Kernel, Setup
@@ -36,8 +37,9 @@ def trace(model: Any, loader: Any, setup: Setup, groups: Mapping[str, Any] | Non
     """tr Theta as the sum over parts, each with its own probes; if samples interact, all batches are one part.
 
     A part is a batch, or the fewest batches that have 64 samples. The network is checked on the first part, and
-    certified on each. With ``rtol`` each part is within the tolerance, and so is their sum. The loader is read once.
-    Memory: two parts, and the memory of an estimate of one part.
+    certified on each. With ``rtol`` each part is within the tolerance, and so is their sum. The loader is read once; if
+    samples turn out to interact in one of several parts, it is read again, and all batches are joined. Memory: three
+    parts, and the memory of an estimate of one part.
 
     Args:
         model, loader: an ``nn.Module`` and a ``DataLoader`` whose batches are its inputs.
@@ -49,41 +51,109 @@ def trace(model: Any, loader: Any, setup: Setup, groups: Mapping[str, Any] | Non
         The estimate, or a dict of them.
 
     Raises:
-        BadInput: a batch differs from the first in more than the number of its samples, or there is no batch; or as for
+        BadInput: a batch differs from the first in more than the number of its samples, or there is no batch; samples
+            turn out to interact, and the loader gives other samples when it is read again; or as for
             :func:`ntkbench.trace`.
+        OverMemory: samples interact, and all batches together do not fit in memory; or as for :func:`ntkbench.trace`.
     """
-    from ntkbench.problems.base.calls import NO_BATCH, concatenated, grouped, reading
+    from ntkbench.problems.base.calls import NO_BATCH, grouped, reading, unbatched
     from ntkbench.problems.base.module import TOGETHER
 
     with reading(loader) as batches:
-        joined = grouped(batches, TOGETHER)
-        head = next(joined, None)
-        if head is None:
-            raise BadInput(NO_BATCH)
-        first = Kernel(model, head, **setup)
+        parts = grouped(batches, TOGETHER)
+        with unbatched(loader):
+            head = next(parts, None)
+            if head is None:
+                raise BadInput(NO_BATCH)
+            first = Kernel(model, head, **setup)
         if first.problem.samples_interact:
-            first = Kernel(model, concatenated(itertools.chain([head], joined)), **setup)
-        kernels = {"": first} if groups is None else first.groups(groups)
-        asked: OptionKeywords = {"method": options.method, "passes": options.passes, "rtol": options.rtol}
-        asked |= {"confidence": options.confidence, "seed": options.seed}
-        parts = {name: [kernel.trace(**asked)] for name, kernel in kernels.items()}
-        sizes = [first.problem.N]
-        for i, batch in enumerate(joined, 1):
-            asked["seed"] = _seed(options.seed, i)
-            for name, kernel in kernels.items():
-                try:
-                    own = kernel._on(batch)
-                    parts[name].append(own.trace(**asked))
-                except BadInput as error:
-                    raise BadInput(f"samples of the DataLoader from index {sum(sizes)} on: {error}") from error
-            sizes.append(own.problem.N)
-    totals = {name: total(found, sizes) for name, found in parts.items()}
+            return _of_one(Kernel(model, _joined(itertools.chain([head], parts)), **setup), groups, options)
+        more = next(parts, None)
+        if more is None:
+            return _of_one(first, groups, options)
+        found = _by_part(first, itertools.chain([more], parts), groups, options)
+    if not isinstance(found, int):
+        return found
+    with reading(loader) as batches:
+        start = list(itertools.islice(batches, 1))
+        inputs = _joined(itertools.chain(start, batches)) if start else None
+    if inputs is None or not _begins_with(inputs, head, found):
+        raise BadInput(
+            f"samples interact, as those before index {found} of the DataLoader show, so all batches are needed at "
+            "once, but the DataLoader gives other samples when it is read again: pass all samples as one tensor"
+        )
+    whole = Kernel(model, inputs, **setup)
+    return _of_one(whole._derived(replace(whole.problem, samples_interact=True)), groups, options)
+
+
+def _of_one(kernel: Kernel, groups: Mapping[str, Any] | None, options: Options) -> Any:
+    """The trace of one kernel, or of groups of its parameters."""
+    if groups is None:
+        return kernel.trace(**_asked(options))
+    return {name: each.trace(**_asked(options)) for name, each in kernel.groups(groups).items()}
+
+
+def _by_part(first: Kernel, parts: Iterator[Any], groups: Mapping[str, Any] | None, options: Options) -> Any:
+    """The sum over the first kernel's inputs and other parts; the samples read so far, once some of them interact."""
+    from ntkbench.operators import interact
+
+    kernels = {"": first} if groups is None else first.groups(groups)
+    found: dict[str, list[Estimate]] = {name: [] for name in kernels}
+    sizes: list[int] = []
+    for i, part in enumerate(itertools.chain([None], parts)):
+        for name, kernel in kernels.items():
+            try:
+                own = kernel if part is None else kernel._on(part)
+                estimate = own.trace(**_asked(options, i))
+            except BadInput as error:
+                if part is None:
+                    raise
+                raise BadInput(f"samples of the DataLoader from index {sum(sizes)} on: {error}") from error
+            # A method for independent samples is certified sample by sample; others say nothing about interaction.
+            each = map(methods.get, estimate.method.split(", "))
+            with own._settings():
+                if not all(m.needs_independent_samples for m in each) and interact(own.problem, own._target):
+                    return sum(sizes) + own.problem.N
+            found[name].append(estimate)
+        sizes.append(own.problem.N)
+    totals = {name: total(estimates, sizes) for name, estimates in found.items()}
     return totals[""] if groups is None else totals
 
 
-def _seed(seed: int, part: int) -> int:
-    """The seed of a part, from 0 to 2^63 - 1."""
-    return int(np.random.SeedSequence((seed, part)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def _joined(batches: Iterable[Any]) -> Any:
+    """All batches as one.
+
+    Raises:
+        OverMemory: they do not fit in memory.
+    """
+    from ntkbench.problems.base.calls import concatenated
+
+    try:
+        return concatenated(batches)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in summary(error).lower():
+            raise
+        raise OverMemory(
+            "samples interact, so all batches of the DataLoader are needed at once, and they do not fit in memory: "
+            f"{summary(error)}"
+        ) from error
+
+
+def _begins_with(inputs: Any, head: Any, least: int) -> bool:
+    """Whether inputs have at least this number of samples, the first of which are those of ``head``."""
+    from torch.utils._pytree import tree_leaves
+
+    rows = [(a, b) for a, b in zip(tree_leaves(inputs), tree_leaves(head), strict=True) if getattr(a, "ndim", 0)]
+    return all(len(a) >= least and bool((a[: len(b)] == b).all()) for a, b in rows)
+
+
+def _asked(options: Options, part: int = 0) -> OptionKeywords:
+    """Options of the estimate of a part, with a seed of its own from 0 to 2^63 - 1."""
+    seed = options.seed
+    if part:
+        seed = int(np.random.SeedSequence((seed, part)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    asked: OptionKeywords = {"method": options.method, "passes": options.passes, "rtol": options.rtol}
+    return asked | {"confidence": options.confidence, "seed": seed}
 
 
 def total(parts: Sequence[Estimate], sizes: Sequence[int]) -> Estimate:

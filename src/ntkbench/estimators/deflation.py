@@ -115,11 +115,22 @@ def gram(rows: Array, others: Array, *, entries: int = 2**22) -> np.ndarray:
 def mean(values: np.ndarray, dim: int) -> PointEstimate:
     """Mean over probes and its standard error, which is 0 in a space of one dimension: any probe spans it.
 
+    Quadratic forms of a positive matrix that few eigenvalues dominate, as after deflation, are skewed: mean and scatter
+    are too small at the same time. If the mean of k has the squared relative error r^2, the chi-squared distribution
+    with the same mean and variance has the excess kurtosis 6 k r^2, which reduces the degrees of freedom as in
+    :func:`ntkbench.estimators.standard_errors.degrees_of_variance`. The kurtosis of few values is far too small.
+
     Args:
         values: one for each probe, ``[k]``.
         dim: dimension of the probes.
     """
-    return PointEstimate(float(values[0]), 0.0) if dim == 1 else standard_errors.mean(values)
+    if dim == 1:
+        return PointEstimate(float(values[0]), 0.0)
+    found = standard_errors.mean(values)
+    if not found.standard_error > 0 or values.min() < 0:
+        return found
+    relative = found.standard_error / found.value
+    return found._replace(degrees=1 / (1 / found.degrees + 3 * relative**2))
 
 
 def add(known: float, residual: PointEstimate) -> PointEstimate:

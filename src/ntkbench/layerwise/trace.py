@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ntkbench.ambient import uncompiled
 from ntkbench.errors import BadInput, Unsupported
 from ntkbench.layerwise.recording import SHAPED, DataDependent, as_autograd_sees_it
 from ntkbench.layerwise.replacements import DECOMPOSITIONS, REPLACEMENTS
@@ -313,7 +314,8 @@ def _split(traced: fx.GraphModule, fixed: Sequence[str], parameters: int) -> tup
 def untraceable(what: str) -> Iterator[None]:
     """Report any error while a network is traced as a fault of the network."""
     try:
-        yield
+        with uncompiled():
+            yield
     except BadInput:
         raise
     except Exception as error:

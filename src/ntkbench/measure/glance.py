@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ntkbench import methods, operators, paths, problems
+from ntkbench.ambient import uncompiled
 from ntkbench.errors import NtkbenchError, Unavailable
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
@@ -145,7 +146,7 @@ def _shapes(label: str) -> Shapes | None:
         theta = {name: w.detach().numpy() for name, w in network.named_parameters() if w.requires_grad}
         trained = theta if made.training else None
         problem = Problem(label, network, made.x, theta, trained, made.jax_forward, made.samples_interact, made.outputs)
-        with FlopCounterMode(display=False) as counter:
+        with uncompiled(), FlopCounterMode(display=False) as counter:
             problem._shape.append(tuple(on_shapes(problem, network).shape))
     except NtkbenchError:  # reported where the problem is loaded
         return None

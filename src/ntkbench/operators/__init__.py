@@ -11,7 +11,7 @@ from ntkbench import errors
 from ntkbench.errors import OverMemory
 from ntkbench.operators.arrays import Array
 from ntkbench.operators.base import ChunkBytes, JacobianOperator, Rng
-from ntkbench.operators.certificate import Reference
+from ntkbench.operators.certificate import Reference, Uncertified
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -25,6 +25,7 @@ __all__ = [
     "declares",
     "device_memory",
     "device_name",
+    "interact",
     "linearise",
     "plain_gradient",
     "reset_device_memory",
@@ -75,6 +76,21 @@ def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequen
     backend = _backend("jax" if problem.module is None else "torch")
     found: Callable[..., Array] = backend.plain_gradient(problem, weights, target, names)
     return found
+
+
+def interact(problem: Problem, target: Target) -> bool:
+    """Whether the gradients of samples alone differ from those over the whole batch, at theta_0.
+
+    ``problem.samples_interact`` is measured on a few samples of the first inputs; this compares all samples.
+
+    Cost: two passes, as for the certificate of per-sample products.
+    """
+    j = linearise(problem, "theta_0", target)
+    try:
+        j.sample_vjp(slice(0, 1), j.basis(0, 1)[:, : j.O].reshape(1, 1, j.O))
+    except Uncertified:
+        return True
+    return False
 
 
 def declares(module: Any) -> bool:

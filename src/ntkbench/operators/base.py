@@ -300,6 +300,7 @@ class JacobianOperator(ABC):
 
         Raises:
             Uncertified: no method agrees; the message gives the reason for each.
+            NoSecondPass: plain autograd allows only one backward pass.
         """
         checked = kind if probes > 1 else f"{kind} of one probe"
         if self.reference is None or checked in self.reference.differences:
@@ -316,6 +317,8 @@ class JacobianOperator(ABC):
                     certificate.check(off, arrays.epsilon(found))
             except Exception as error:  # a method may fail on a network in any way
                 self._sample_passes = spent
+                if isinstance(error, errors.NoSecondPass):  # so does plain autograd
+                    raise
                 reasons.append(errors.reason(error))
                 if not self._next_way(kind, reasons[-1]):
                     raise Uncertified(f"{kind} products: {'; '.join(dict.fromkeys(reasons))}") from error

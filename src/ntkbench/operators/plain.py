@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkbench.errors import NoSecondPass
 from ntkbench.modules import called, copied, frozen
 from ntkbench.operators.plain_operations import plain_operations
 
@@ -77,7 +78,7 @@ class PlainNetwork:
             self._clear()
             try:
                 self._accumulate(*made, v, retain=True)
-            except RuntimeError:  # a graph that can be used once
+            except (RuntimeError, NoSecondPass):  # a graph that can be used once
                 self._clear()
                 made = self._called(x)
                 self._accumulate(*made, v, retain=True)
@@ -122,9 +123,22 @@ class PlainNetwork:
             leaf.grad = None
 
     def _accumulate(self, outputs: Tensor, into: list[Tensor] | None, v: Tensor, *, retain: bool) -> None:
-        """Add to the gradients that the leaves hold."""
-        if outputs.requires_grad and (into is None or into):
+        """Add to the gradients that the leaves hold.
+
+        Raises:
+            NoSecondPass: an earlier backward pass has freed a part of the graph.
+        """
+        if not outputs.requires_grad or (into is not None and not into):
+            return
+        try:
             outputs.backward(v.reshape(outputs.shape).to(outputs.dtype), retain_graph=retain, inputs=into)
+        except RuntimeError as error:
+            if "through the graph a second time" not in str(error):
+                raise
+            raise NoSecondPass(
+                "the network keeps a tensor that its first call computed from parameters, so a second backward pass is "
+                "impossible: compute it in each call"
+            ) from error
 
     def _accumulated(self) -> list[Tensor]:
         """Take the gradients from the leaves and clear them."""

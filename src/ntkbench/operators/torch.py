@@ -217,11 +217,13 @@ class TorchJacobian(JacobianOperator):
             if reasons
         )
 
+    @torch.no_grad()
     def _vjp(self, u: Tensor) -> Tensor:
         if self._way("vjp") == PLAIN:
             return torch.stack([flat(self._plain_pullback(each)) for each in u])
         return _flat(vmap(self._pullback)(u.reshape(-1, self.N, self.O))[0])
 
+    @torch.no_grad()
     def _jvp(self, w: Tensor) -> Tensor:
         way = self._way("jvp")
         if way != FORWARD:  # see passes_per_jvp
@@ -232,6 +234,7 @@ class TorchJacobian(JacobianOperator):
         # The primal does not depend on the probe, so vmap runs it once per block.
         return vmap(self._push(way)(self._x))(w).reshape(-1, self.n)
 
+    @torch.no_grad()
     def _sample_jvp(self, samples: slice, w: Tensor) -> Tensor:
         way, xs = self._way("sample_jvp"), self._x[samples]
         if way != FORWARD:
@@ -268,6 +271,7 @@ class TorchJacobian(JacobianOperator):
     def _sample_squares(self, samples: slice, v: Tensor) -> Tensor:
         return self._by_sample(_squares, samples, v)
 
+    @torch.no_grad()
     def _by_sample(self, reduce: Callable[[Mapping[Any, Tensor]], Tensor], samples: slice, v: Tensor) -> Tensor:
         """``reduce`` of each sample's gradients (by parameter, ``[k, ...]`` each), ``[k, samples, ...]``."""
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import array_api_compat
 import numpy as np
 
-from ntkbench.estimators import deflation, standard_errors
+from ntkbench.estimators import deflation
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.estimators.standard_errors import PointEstimate
 from ntkbench.methods.base.sides import Side, factor
@@ -148,7 +148,9 @@ class GrowingSketch(Accumulator):
         core = arrays.to_numpy(self.q @ self._image.T, np.float64)
         residual = norms - 2 * (c * crossed).sum(1) + ((c @ core) * c).sum(1)
         left = deflation.left_outside(len(self.q), self._A.dim)
-        return deflation.with_residual(inside, _skewed_mean(residual), len(residual), left, self._j.epsilon)
+        return deflation.with_residual(
+            inside, _skewed_mean(residual, self._A.dim), len(residual), left, self._j.epsilon
+        )
 
     def _coordinates(self, g: Array) -> tuple[np.ndarray, np.ndarray]:
         """g^T Q and g^T G Q."""
@@ -156,7 +158,7 @@ class GrowingSketch(Accumulator):
         return c, crossed
 
 
-def _skewed_mean(values: np.ndarray) -> PointEstimate:
+def _skewed_mean(values: np.ndarray, dim: int) -> PointEstimate:
     """Mean of k values, with the degrees of freedom of its variance reduced by their kurtosis.
 
     The sample variance of k normal values has a relative variance of 2 / (k - 1); with kurtosis K it is about (K - 1) /
@@ -164,7 +166,7 @@ def _skewed_mean(values: np.ndarray) -> PointEstimate:
     Only half of the degrees of freedom that follow are used, because such values are skewed: mean and variance are too
     small at the same time, and sampling would stop there first.
     """
-    found = standard_errors.mean(values)
+    found = deflation.mean(values, dim)
     centred = values - found.value
     squares, fourths = (centred**2).mean(), (centred**4).mean()
     excess = fourths - squares**2

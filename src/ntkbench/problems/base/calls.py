@@ -212,6 +212,20 @@ def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
         yield iter(_in_order(loader))
 
 
+@contextlib.contextmanager
+def unbatched(inputs: Any) -> Iterator[None]:
+    """Add to a refusal that a loader does not batch its items, if it does not."""
+    try:
+        yield
+    except BadInput as error:
+        if not isinstance(inputs, DataLoader) or inputs.batch_sampler is not None:
+            raise
+        raise BadInput(
+            f"{error}; the DataLoader has batch_size=None, so each of its items must be a batch [N, ...]: give it a "
+            "batch_size if they are samples"
+        ) from error
+
+
 def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     """The loader itself; for one that shuffles, a loader of the same samples in the order of the dataset."""
     sampler, own = loader.sampler, type(loader)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
-import inspect
 import random
 import types
+import weakref
 from typing import Any
 
 import numpy as np
@@ -44,27 +44,46 @@ def generators(net: nn.Module) -> list[Any]:
 
 
 def shared(copy: nn.Module, original: nn.Module) -> str:
-    """Where a copy has a function that refers to a layer of the original, worded for a message; empty if nowhere.
+    """Where a copy refers to a layer of the original, worded for a message; empty if nowhere.
 
-    Copies share functions, so such a function would use the layer of the original in place of that of the copy.
+    Copies share functions, methods with their global variables, and weak references. Such a function or reference would
+    use the layer of the original in place of that of the copy.
     """
-    layers = {id(layer) for layer in original.modules()}
+    layers, known = {id(layer) for layer in original.modules()}, set()
     for path, layer in copy.named_modules():
-        for key, value in vars(layer).items():
+        methods = {} if type(layer) in known else {f.__name__: f for f in _methods(layer) if hasattr(f, "__code__")}
+        known.add(type(layer))
+        named = {**methods, **vars(layer)}
+        for key, value in named.items():
             held = _inside(value) if isinstance(value, dict | list | tuple) else [value]
             if "state_dict" not in key and any(_refers(each, layers) for each in held):
-                hook = f"a hook of {path!r}" if path else "a hook of the model"
-                return hook if key.endswith("_hooks") else f"the attribute {f'{path}.{key}'.lstrip('.')!r}"
+                if key.endswith("_hooks"):
+                    return f"a hook of {path!r}" if path else "a hook of the model"
+                kind = "attribute" if key in vars(layer) else "method"
+                return f"the {kind} {f'{path}.{key}'.lstrip('.')!r}"
     return ""
 
 
-def _refers(function: Any, layers: set[int]) -> bool:
-    """Whether a function, or one that it refers to, refers to one of these layers."""
-    if not isinstance(function, types.FunctionType):
+def _refers(value: Any, layers: set[int]) -> bool:
+    """Whether a weak reference, a function, or one that it refers to, refers to one of these layers."""
+    if isinstance(value, weakref.ref):
+        return id(value()) in layers
+    if not isinstance(value, types.FunctionType):
         return False
-    own = _inside(function)
-    callables = (types.FunctionType, types.MethodType, functools.partial)
+    own = _inside(value)
+    callables = (types.FunctionType, types.MethodType, functools.partial, weakref.ref)
     return any(id(each) in layers for each in own + [v for f in own if isinstance(f, callables) for v in _inside(f)])
+
+
+def _methods(layer: nn.Module) -> list[Any]:
+    """The forward pass of a layer, and the methods that it and they name."""
+    found: dict[str, Any] = {}
+    names = ["forward"]
+    while names:
+        if (name := names.pop()) not in found:
+            found[name] = next((vars(c)[name] for c in type(layer).__mro__ if name in vars(c)), None)
+            names += getattr(getattr(found[name], "__code__", None), "co_names", ())
+    return [method for method in found.values() if method is not None]
 
 
 def _inside(value: Any) -> list[Any]:
@@ -72,15 +91,15 @@ def _inside(value: Any) -> list[Any]:
     if isinstance(value, PLAIN) or (isinstance(value, dict | list | tuple) and len(value) > MANY):
         return []
     if isinstance(value, nn.Module):
-        forward = inspect.getattr_static(type(value), "forward", None)
-        names = getattr(getattr(forward, "__code__", None), "co_names", ())
-        return [*vars(value).values(), forward, *(inspect.getattr_static(type(value), name, None) for name in names)]
+        return [*vars(value).values(), *_methods(value)]
     if isinstance(value, types.FunctionType):
         return _referred(value)
     if isinstance(value, types.MethodType | staticmethod | classmethod):
         return [getattr(value, "__self__", None), value.__func__]
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, weakref.ref):
+        return [value()]
     if isinstance(value, dict):
         return list(dict.values(value))  # whatever its class does at an access
     if isinstance(value, list | tuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,11 @@ class Source(ABC):
     """
 
     problem: Problem
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks for the user on what J leaves out."""
+        return ()
 
     @abstractmethod
     def target(self, device: str | torch.device | None) -> tuple[Target, int | None]:
@@ -82,11 +88,33 @@ class TorchSource(Source):
         from ntkbench.problems.base import calls
         from ntkbench.problems.base.sequences import wrapped
 
-        self._module, x = calls.as_module(model, inputs, call, output)
-        # The caller may write to its own tensor, and frees its graph.
-        self._x = x.detach().clone() if isinstance(x, torch.Tensor) else x
-        self.problem = wrapped(self._module, self._x, dtype=dtype)
+        with calls.unbatched(inputs):
+            self._module, x = calls.as_module(model, inputs, call, output)
+            # The caller may write to its own tensor, and frees its graph.
+            self._x = x.detach().clone() if isinstance(x, torch.Tensor) else x
+            self.problem = wrapped(self._module, self._x, dtype=dtype)
         self._dtype = str(next(iter(self.problem.theta_0.values())).dtype)
+
+    @functools.cached_property
+    def notes(self) -> tuple[str, ...]:
+        """As in :class:`Source`; one forward pass, of one sample if samples do not interact."""
+        import torch
+
+        from ntkbench.modules import beside, called
+        from ntkbench.operators.plain import leaves
+        from ntkbench.problems.base.module import generators_restored
+
+        problem, net = self.problem, beside(self.problem.network)
+        own = {id(w) for w in net.parameters()}
+        x = torch.from_numpy(problem.x if problem.samples_interact else problem.x[:1]).to(next(net.parameters()).device)
+        with generators_restored([x.device] if x.is_cuda else []), torch.enable_grad():
+            others = [w for w in leaves(called(net, x)) if id(w) not in own]
+        if not others:
+            return ()
+        return (
+            "J leaves out tensors with requires_grad=True that are not among the network's parameters, such as one of "
+            f"shape {tuple(others[0].shape)}: register them, as by nn.Parameter or nn.ModuleList",
+        )
 
     def target(self, device: str | torch.device | None) -> tuple[Target, int | None]:
         kind, index = _device(self._module, device)
