@@ -485,6 +485,55 @@ def test_alignment_uses_the_statistics_of_each_end():
     assert problem.digest() != ntkbench.from_module(ends[0], X, ends[0]).digest()
 
 
+class Fixed(nn.BatchNorm1d):
+    """torch's own forward with a flag: it uses the running statistics in train mode too."""
+
+    def forward(self, x):
+        off = self.running_mean is None
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, off, 0.1)
+
+
+class Counted(nn.BatchNorm1d):
+    def forward(self, x):
+        return self.weight * x * (1 if self.num_batches_tracked is None else 2 + self.num_batches_tracked) + self.bias
+
+
+class Activated(nn.BatchNorm1d):
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+class ReadByParent(nn.Sequential):
+    def forward(self, x):
+        mean = self[1].running_mean
+        return self[2](self[0](x) - (0 if mean is None else self[1].weight * mean))
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [(Fixed, True), (Counted, True), (ReadByParent, True), (Activated, False), (nn.BatchNorm1d, False)],
+)
+def test_running_statistics_in_train_mode_are_kept_if_they_are_read(kind, kept):
+    def make():
+        norm = nn.BatchNorm1d(5) if kind is ReadByParent else kind(5)
+        outer = kind if kind is ReadByParent else nn.Sequential
+        made = outer(nn.Linear(4, 5), norm, nn.Linear(5, 2)).double()
+        norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+        return made
+
+    one, other = seeded(make), seeded(make, 1)
+    x = X.double()
+    with own_settings("float64"):
+        thetas = [explicit(model, x) for model in (one, other)]
+    check(one, x)
+    kernel = ntkbench.Kernel(one, x)
+    assert any("running" in key for key, _ in kernel.problem.module.named_buffers()) == kept
+    for weights in (other, other.state_dict()):
+        torch.testing.assert_close(kernel.at(weights).ntk(), thetas[1])
+    expected = metrics_of(*(theta.numpy() for theta in thetas))["alignment"]
+    assert float(ntkbench.alignment(one, other, x)) == pytest.approx(expected, rel=1e-9)
+
+
 def test_non_persistent_buffers_count():
     ends = []
     for scale in (1.0, 2.0):

@@ -7,9 +7,10 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import logging
 import pickle
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ from ntkbench.ambient import own_settings
 from ntkbench.errors import BadInput, OverMemory, summary, unknown
 from ntkbench.layerwise.layers import of_last_module
 from ntkbench.modules import cast, copied, frozen, load
-from ntkbench.operators.arrays import to_numpy
+from ntkbench.operators import certificate
+from ntkbench.operators.arrays import epsilon, to_numpy
 from ntkbench.operators.plain import PlainNetwork, flat, leaves
 from ntkbench.options import DTYPES
 from ntkbench.problem import PROBED, Problem
@@ -69,7 +71,9 @@ def from_module(
     theta is every parameter with ``requires_grad=True``; frozen parameters and buffers are part of the function, and a
     tensor tied under several names counts once. Everything is copied: further training of ``model`` does not affect the
     problem, and wrapping changes neither the model nor the states of the random generators of torch, Python and NumPy.
-    Norm layers in train mode keep using the batch's statistics, without updating their running ones.
+    Norm layers in train mode keep using the batch's statistics, without updating their running ones. J is what a
+    backward pass computes before it accumulates gradients: hooks of ``register_hook`` count, and those of
+    ``register_post_accumulate_grad_hook`` do not; a warning is logged if there are any.
 
     Whether samples interact is measured: the gradient of a random combination of the outputs of up to 8 samples, taken
     in a batch of up to 64, is compared with the gradient of the same samples taken alone. This is done in float64 if
@@ -80,7 +84,8 @@ def from_module(
     Cost: four forward and two backward passes over 64 samples, two backward passes over 8 samples alone, and a forward
     pass over all samples, 64 at a time. If samples interact, or the network accepts no other number of them, forward
     passes are over all samples at once. For ``model_f`` see :func:`at`. A network that draws random numbers in eval
-    mode takes ten forward passes instead of four.
+    mode takes ten forward passes instead of four. Norm layers in train mode take four forward and two backward passes
+    more over all samples, to check that no code reads their running statistics.
 
     >>> import torch, ntkbench
     >>> problem = ntkbench.from_module(torch.nn.Linear(3, 2), torch.ones(4, 3))
@@ -108,7 +113,9 @@ def from_module(
     with own_settings(dtype):
         net = _snapshot(model, "model", dtype)
         theta_0 = _trainable(net)
+        _note_late_hooks(model)
         x = _inputs(x, net, dtype)
+        net = _without_unused_statistics(net, x)
         shape, interact = _behaviour(net, x, model)
         problem = Problem(
             name=name or type(model.model if isinstance(model, Calling) else model).__name__,
@@ -125,8 +132,8 @@ def from_module(
 def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "the other network") -> Problem:
     """The same network and inputs at other weights; theta_f is dropped.
 
-    Cost: for a network, four forward passes (over 64 samples if samples do not interact) and one over all samples if
-    there are more; none for values by name.
+    Cost: for a network, four forward passes (over 64 samples if samples do not interact), one over all samples if there
+    are more, and a forward and a backward pass of both networks over all samples; none for values by name.
 
     Args:
         problem: of a module.
@@ -136,7 +143,7 @@ def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "th
 
     Raises:
         BadInput: a name or a shape does not match, or values are not finite; other parameters are trainable; or the
-            network does not compute the same as the problem's network with the same values.
+            network does not compute the same outputs and gradients as the problem's network with the same values.
     """
     if isinstance(weights, nn.Module):
         values = _values_of_same(problem, weights, role)
@@ -181,8 +188,10 @@ def as_value(key: object, value: Any) -> Tensor:
 def _values_of_same(problem: Problem, model: nn.Module, role: str) -> dict[str, Tensor]:
     """Parameters and buffers of a network, which is checked to be the problem's up to their values."""
     net = _snapshot(model, role, str(next(iter(problem.theta_0.values())).dtype))
-    values = _values(net)
-    _check_same(_values(problem.network), values)
+    known, values = _values(problem.network), _values(net)
+    if known.keys() != values.keys():
+        values = _values(_without_statistics(net))
+    _check_same(known, values)
     theta, own, first = problem.theta_0.keys(), _trainable(net).keys(), _trainable(problem.network).keys()
     if others := theta - own or (own - first if theta == first else set()):  # else theta is what the caller selected
         flag, known = ("False", "trainable") if min(others) in theta else ("True", "frozen")
@@ -201,7 +210,42 @@ def _values_of_same(problem: Problem, model: nn.Module, role: str) -> dict[str, 
             f"the first network with the values of {role} does not compute what {role} computes: they must be the "
             "same network, in the same mode (train or eval)"
         )
+    together = problem.samples_interact or len(some) == len(x)
+    found = _gradient(net, problem.theta_0, x, outputs, role, together=together)
+    if not _agree(found, _gradient(swapped, problem.theta_0, x, outputs, "the first network", together=together)):
+        raise BadInput(
+            f"the first network with the values of {role} does not compute the gradients that {role} computes: they "
+            "must be the same network, with the same tensors detached and the same hooks"
+        )
     return {key: w.cpu() for key, w in values.items()}
+
+
+def _gradient(
+    net: nn.Module, names: Collection[str], x: Tensor, outputs: Tensor, role: str, *, together: bool
+) -> Tensor:
+    """The gradient ``[P]`` of a random combination of the outputs of all samples, by plain autograd of a copy; 1 pass.
+
+    ``outputs`` are those of some samples. Samples are taken 64 at a time if they need not stay together.
+
+    Raises:
+        BadInput: the network cannot be differentiated.
+    """
+    own = dict(net.named_parameters())
+    plain = PlainNetwork(net, {name: own[name].detach() for name in names})
+    v = certificate.random_weights(len(x) * outputs[0].numel(), outputs).reshape(len(x), -1)
+    for size in (len(x),) if together else (TOGETHER, len(x)):
+        try:
+            with _seeded(0, x):
+                parts = zip(x.clone().split(size), v.split(size), strict=True)
+                return sum(flat(plain.gradient(*part)) for part in parts)  # type: ignore[return-value]
+        except Exception as error:  # it may accept no other number of samples
+            failed = error
+    raise BadInput(f"{role} cannot be differentiated: {summary(failed)}")
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two gradients are equal up to rounding, as certificates allow it."""
+    return certificate.distance(found, expected) <= certificate.tolerance(epsilon(expected))
 
 
 def paired(problem: Problem, other: Problem) -> Problem:
@@ -397,12 +441,46 @@ def _snapshot(model: nn.Module, role: str, dtype: str) -> nn.Module:
             f"{role} has a function that uses {role} itself ({where}), which copies would share: let it use its "
             "arguments, or make it a method"
         )
+    return net
+
+
+def _without_statistics(net: nn.Module) -> nn.Module:
+    """A copy whose norm layers in train mode have no running statistics, as torch.func refuses updates in place."""
+    net = copied(net)
     for layer in net.modules():
         if isinstance(layer, _NormBase) and layer.training and layer.track_running_stats:
-            # Updates in place are not part of the function, and torch.func refuses them.
             layer.track_running_stats = False
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
     return net
+
+
+def _without_unused_statistics(net: nn.Module, x: Tensor) -> nn.Module:
+    """:func:`_without_statistics` if the network computes the same without them; it may read them in its own code."""
+    bare = _without_statistics(net)
+    if len(list(bare.buffers())) == len(list(net.buffers())):
+        return net
+    theta = _trainable(net)
+    try:
+        outputs = _Call(copied(net), x, 0).outputs
+        expected = _gradient(net, theta, x, outputs, "the model", together=False)
+    except Exception:  # a later check reports it
+        return net
+    try:
+        same = _close(_Call(copied(bare), x, 0).outputs, outputs)
+        return bare if same and _agree(_gradient(bare, theta, x, outputs, "", together=False), expected) else net
+    except Exception:  # a network that reads its statistics may raise anything without them
+        return net
+
+
+def _note_late_hooks(model: nn.Module) -> None:
+    """Log which parameters have hooks that run after their gradient is computed."""
+    late = [name for name, w in model.named_parameters() if w.requires_grad and w._post_accumulate_grad_hooks]
+    if late:
+        logging.getLogger("ntkbench").warning(
+            "hooks of register_post_accumulate_grad_hook (of %s) are no part of the NTK, as they run after the backward "
+            "pass has computed gradients: those of register_hook are",
+            own_name(model, late[0]),
+        )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
