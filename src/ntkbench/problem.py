@@ -41,6 +41,8 @@ class Problem:
         recipe: how ``theta_f`` was trained; empty if that is not known.
         other: another network on inputs of its own, with the same N and O, for the alignment of its kernel with that of
             this one. ``theta_f`` is then its ``theta_0``, and samples interact if they do in either network.
+        mixed: whether the precisions of inputs, buffers and frozen parameters are part of the function. They are then
+            kept, and the network is only run in the precision of its theta.
 
     Raises:
         BadInput: N or O of the other network differ.
@@ -58,6 +60,7 @@ class Problem:
     fixed_f: Weights = field(default_factory=dict)
     recipe: str = ""
     other: Problem | None = None
+    mixed: bool = False
     _shape: list[tuple[int, ...]] = field(default_factory=list, repr=False, compare=False)
     _row_norms: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
     _operations: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -114,6 +117,19 @@ class Problem:
         if weights is None:
             raise BadInput(f"{self.name} has no {which}, so alignment is not defined for it")
         return weights
+
+    def conversion(self, dtype: str) -> str | None:
+        """The precision that real inputs, buffers and frozen parameters are converted to, to compute in ``dtype``.
+
+        ``None`` if they keep theirs.
+
+        Raises:
+            BadInput: they do, and ``dtype`` is not the precision of theta.
+        """
+        own = str(next(iter(self.theta_0.values())).dtype)
+        if self.mixed and dtype != own:
+            raise BadInput(f"{self.name} computes in {own} only, as parts of it have precisions of their own")
+        return None if self.mixed else dtype
 
     def fixed(self, which: str) -> Weights:
         """Values of frozen parameters and buffers that go with ``"theta_0"`` or ``"theta_f"``; often none."""
@@ -217,14 +233,15 @@ class Problem:
 
         from ntkbench.modules import called, cast, copied, load
 
-        real = getattr(torch, dtype)
+        to = self.conversion(dtype)
+        real = None if to is None else getattr(torch, to)
         with own_settings(dtype):
             network = cast(copied(module), real)
             load(network, {**self.fixed(which), **self.weights(which)})
             own = dict(network.named_parameters())
             theta = [own[key].requires_grad_() for key in self.weights(which)]
             inputs = torch.from_numpy(x).to(theta[0].device)
-            outputs = called(network, inputs.to(real) if inputs.is_floating_point() else inputs)
+            outputs = called(network, inputs.to(real) if inputs.is_floating_point() and real is not None else inputs)
             return signature((_projection(outputs) * outputs).sum(), theta)
 
 

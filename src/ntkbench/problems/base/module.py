@@ -46,6 +46,9 @@ NUDGE = 0.1
 CALLS = 8
 """Calls that must agree for a network in eval mode that draws random numbers."""
 
+ROUNDINGS = 64
+"""Machine epsilons by which gradients in two precisions may differ if neither needs a conversion."""
+
 SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 WRAP = (
@@ -94,7 +97,9 @@ def from_module(
 
     Args:
         model: ``x -> [N, ...outputs]`` with its weights theta_0, in the intended mode (``train`` or ``eval``).
-        x: inputs ``[N, ...]``, real or integer; real ones are converted to ``dtype``.
+        x: inputs ``[N, ...]``, real or integer. Real ones, buffers and frozen parameters are converted to ``dtype``.
+            They keep their own precision if the parameters are of ``dtype`` and the conversion changes a gradient by
+            more than a few roundings, as for time stamps in float64 or a frozen backbone in half precision.
         model_f: the same network with the weights theta_f, for alignment. Frozen parameters and buffers, such as
             BatchNorm's running statistics, may differ as well; each set of weights keeps its own.
         name: name of the problem; by default the class of the model.
@@ -105,24 +110,25 @@ def from_module(
 
     Raises:
         BadInput: the model has no trainable parameters, is random or keeps a state from call to call; one of its hooks
-            uses the model in place of its arguments; its outputs are not N rows of finite real numbers that depend on
+            uses the model in place of its arguments; rounding to a coarser ``dtype`` changes its gradients by more than
+            rounding should; its outputs are not N rows of finite real numbers that depend on
             its parameters; or ``model_f`` differs from it in more than values.
     """
     _check_inputs(x)
     dtype = _dtype(model, dtype)
     with own_settings(dtype):
-        net = _snapshot(model, "model", dtype)
+        net, x, mixed = _in_precision(_snapshot(model, "model"), x, dtype, "model")
         theta_0 = _trainable(net)
         _note_late_hooks(model)
-        x = _inputs(x, net, dtype)
         net = _without_unused_statistics(net, x)
-        shape, interact = _behaviour(net, x, model)
+        shape, interact = _behaviour(net, x, model, mixed=mixed)
         problem = Problem(
             name=name or type(model.model if isinstance(model, Calling) else model).__name__,
             module=net,
             x=x.detach().cpu().numpy().copy(),
             theta_0=_on_host(theta_0),
             samples_interact=interact,
+            mixed=mixed,
             # Already known; the usual method, meta tensors, fails for networks that create tensors on a device.
             _shape=[shape],
         )
@@ -187,7 +193,10 @@ def as_value(key: object, value: Any) -> Tensor:
 
 def _values_of_same(problem: Problem, model: nn.Module, role: str) -> dict[str, Tensor]:
     """Parameters and buffers of a network, which is checked to be the problem's up to their values."""
-    net = _snapshot(model, role, str(next(iter(problem.theta_0.values())).dtype))
+    dtype = str(next(iter(problem.theta_0.values())).dtype)
+    net, x, mixed = _in_precision(_snapshot(model, role), torch.from_numpy(problem.x), dtype, role, kept=problem.mixed)
+    if mixed != problem.mixed:
+        raise BadInput(f"{role} has parts of other precisions than the first network: give both the same ones")
     known, values = _values(problem.network), _values(net)
     if known.keys() != values.keys():
         values = _values(_without_statistics(net))
@@ -199,7 +208,6 @@ def _values_of_same(problem: Problem, model: nn.Module, role: str) -> dict[str, 
             f"{role} has requires_grad={flag} for {own_name(net, min(others))!r}, which is {known} in the first "
             "network: give both the same trainable parameters, or select some by parameters=..."
         )
-    x = _inputs(torch.from_numpy(problem.x), net, str(next(iter(problem.theta_0.values())).dtype))
     swapped = load(copied(problem.network).to(x.device), values)
     some, outputs = (
         (x, _outputs(net, x, role, model)) if problem.samples_interact else _some_outputs(net, x, role, model)
@@ -411,7 +419,7 @@ def _dtype(model: nn.Module, dtype: str | None) -> str:
     return found[0]
 
 
-def _snapshot(model: nn.Module, role: str, dtype: str) -> nn.Module:
+def _snapshot(model: nn.Module, role: str) -> nn.Module:
     """A copy of the model that is a function of its parameters and inputs alone.
 
     Raises:
@@ -435,7 +443,7 @@ def _snapshot(model: nn.Module, role: str, dtype: str) -> nn.Module:
     for where, layer in own.named_modules():
         if isinstance(layer, _DropoutNd) and layer.training and layer.p > 0:
             raise BadInput(f"{role} has Dropout in train mode ({where or 'the model itself'}): call model.eval() first")
-    net = cast(copied(model, role), getattr(torch, dtype))
+    net = copied(model, role)
     if where := captured.shared(net.model if isinstance(net, Calling) else net, own):
         raise BadInput(
             f"{role} has a function that uses {role} itself ({where}), which copies would share: let it use its "
@@ -477,7 +485,7 @@ def _note_late_hooks(model: nn.Module) -> None:
     late = [name for name, w in model.named_parameters() if w.requires_grad and w._post_accumulate_grad_hooks]
     if late:
         logging.getLogger("ntkbench").warning(
-            "hooks of register_post_accumulate_grad_hook (of %s) are no part of the NTK, as they run after the backward "
+            "hooks of register_post_accumulate_grad_hook (of %s) are no part of the NTK, as they run after a backward "
             "pass has computed gradients: those of register_hook are",
             own_name(model, late[0]),
         )
@@ -495,10 +503,69 @@ def _trainable(net: nn.Module) -> dict[str, Tensor]:
     return {key: w.detach() for key, w in net.named_parameters() if w.requires_grad}
 
 
-def _inputs(x: Tensor, net: nn.Module, dtype: str) -> Tensor:
-    """A copy of the inputs on the network's device, in its precision if they are real."""
-    where = next(net.parameters()).device
-    return x.detach().clone().to(device=where, dtype=getattr(torch, dtype) if x.is_floating_point() else x.dtype)
+def _in_precision(
+    net: nn.Module, x: Tensor, dtype: str, role: str, *, kept: bool = False
+) -> tuple[nn.Module, Tensor, bool]:
+    """The network in a precision, a copy of its inputs on its device, and whether parts keep precisions of their own.
+
+    A network computes another function if code in it counts on the precision of inputs, buffers or frozen parameters,
+    such as time stamps in float64. This is tested by the gradient of a random combination of all outputs before and
+    after the conversion: in the precision of theta up to a few roundings, since then nothing needs to be converted.
+
+    Args:
+        kept: keep the precisions of a network whose theta has this precision, without a test.
+
+    Raises:
+        BadInput: the conversion to another precision changes the gradient by more than rounding.
+    """
+    real = getattr(torch, dtype)
+    x = x.detach().clone().to(next(net.parameters()).device)
+    x = x.float() if x.dtype == torch.bfloat16 else x  # NumPy has no bfloat16
+    own = {w.dtype for w in _trainable(net).values()}
+    if kept and own == {real}:
+        return net, x, True
+    made, converted = cast(copied(net), real), x.to(real) if x.is_floating_point() else x
+    finer = [t for t in (x, *net.parameters(), *net.buffers()) if torch.finfo(real).eps > _eps(t)]
+    same = own == {real}
+    if not (finer or (same and any(_eps(t) > torch.finfo(real).eps for t in (*net.parameters(), *net.buffers())))):
+        return made, converted, False
+    for given, inputs in ((net, x), (_with_converted_inputs(net, real), converted)):
+        try:
+            with own_settings(str(next(iter(own)) if len(own) == 1 else real).removeprefix("torch.")):
+                outputs = _Call(copied(given), inputs, 0).outputs
+                expected = _gradient(given, _trainable(given), inputs, outputs, role, together=False).to(real)
+        except Exception:  # it does not take inputs of this precision, or a later check reports what is wrong
+            continue
+        try:
+            off = certificate.distance(
+                _gradient(made, _trainable(made), converted, outputs, role, together=False), expected
+            )
+        except Exception:  # code in it does not run in this precision
+            off = np.inf
+        if same:
+            return (made, converted, False) if off <= ROUNDINGS * torch.finfo(real).eps else (given, inputs, True)
+        if not off <= max(*map(_eps, _trainable(net).values()), torch.finfo(real).eps) ** 0.5:
+            how = "it does not run there" if off == np.inf else f"they differ by {off:.1e} of their norm"
+            raise BadInput(
+                f"{role} has other gradients in {dtype} than in its own precision ({how}): compute in that one"
+            )
+        break
+    return made, converted, False
+
+
+def _eps(t: Tensor) -> float:
+    """Machine epsilon of a real or complex tensor; ``nan`` of others, which compares as neither finer nor coarser."""
+    return torch.finfo(t.dtype).eps if t.is_floating_point() or t.is_complex() else np.nan
+
+
+def _with_converted_inputs(net: nn.Module, real: torch.dtype) -> nn.Module:
+    """A copy of a network whose inputs are in another precision, if it holds inputs."""
+    net = copied(net)
+    if isinstance(net, Calling):
+        for key, b in net._buffers.items():
+            if b is not None and b.is_floating_point():
+                net._buffers[key] = b.to(real)
+    return net
 
 
 class _Call:
@@ -649,14 +716,14 @@ def _later(net: nn.Module, x: Tensor) -> tuple[nn.Module, _Call] | None:
         return None
 
 
-def _behaviour(net: nn.Module, x: Tensor, original: nn.Module) -> tuple[tuple[int, ...], bool]:
+def _behaviour(net: nn.Module, x: Tensor, original: nn.Module, *, mixed: bool) -> tuple[tuple[int, ...], bool]:
     """The shape of f(x), after the checks of :func:`_outputs`, and whether samples interact.
 
     Raises:
         BadInput, OverMemory: as :func:`_outputs`; or the network cannot be differentiated.
     """
     some, outputs = _some_outputs(net, x, "the model", original)
-    interact = _interact(net, x)
+    interact = _interact(net, x, mixed=mixed)
     if interact and len(some) < len(x):
         outputs = _outputs(net, x, "the model", original)
     elif not interact:
@@ -749,8 +816,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _interact(net: nn.Module, x: Tensor) -> bool:
+def _interact(net: nn.Module, x: Tensor, *, mixed: bool) -> bool:
     """Whether some sample's gradients in the batch differ from those of the sample alone.
+
+    A network of mixed precisions is not tested in float64.
 
     Raises:
         BadInput: the network cannot be differentiated.
@@ -758,12 +827,13 @@ def _interact(net: nn.Module, x: Tensor) -> bool:
     if len(x) == 1:
         return False
     few = x[_spread(len(x), TOGETHER)]
-    for inputs, dtype in ((few, torch.float64), (x, torch.float64), (x, None)):
+    trials = ((few, None), (x, None)) if mixed else ((few, torch.float64), (x, torch.float64), (x, None))
+    for inputs, dtype in trials:
         wide = dtype if dtype is not None else next(iter(_trainable(net).values())).dtype
         try:
             with own_settings(str(wide).removeprefix("torch.")), _seeded(0, x):
-                at = inputs.to(wide) if inputs.is_floating_point() else inputs
-                return _gradients_differ(cast(copied(net), wide), at)
+                at = inputs.to(dtype) if dtype is not None and inputs.is_floating_point() else inputs
+                return _gradients_differ(cast(copied(net), dtype), at)
         except Exception as error:  # it may accept no other number of samples, or no other precision
             failed = error
     raise BadInput(f"the model cannot be differentiated: {summary(failed)}")
@@ -778,7 +848,7 @@ def _gradients_differ(net: nn.Module, x: Tensor) -> bool:
     chosen = _spread(len(x), ALONE)
     v = torch.zeros_like(outputs)
     v[chosen] = torch.from_numpy(rng.choice([-1.0, 1.0], v[chosen].shape)).to(v)
-    eps = torch.finfo(outputs.dtype).eps
+    eps = max(map(_eps, (outputs, *theta.values())))
     tolerance = max(INTERACTION, eps**0.5)
     for perturbed in (False, True):
         if perturbed:
