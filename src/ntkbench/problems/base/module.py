@@ -197,10 +197,10 @@ def _values_of_same(problem: Problem, model: nn.Module, role: str) -> dict[str, 
     net, x, mixed = _in_precision(_snapshot(model, role), torch.from_numpy(problem.x), dtype, role, kept=problem.mixed)
     if mixed != problem.mixed:
         raise BadInput(f"{role} has parts of other precisions than the first network: give both the same ones")
-    known, values = _values(problem.network), _values(net)
-    if known.keys() != values.keys():
+    present, values = _values(problem.network), _values(net)
+    if present.keys() != values.keys():
         values = _values(_without_statistics(net))
-    _check_same(known, values)
+    _check_same(present, values)
     theta, own, first = problem.theta_0.keys(), _trainable(net).keys(), _trainable(problem.network).keys()
     if others := theta - own or (own - first if theta == first else set()):  # else theta is what the caller selected
         flag, known = ("False", "trainable") if min(others) in theta else ("True", "frozen")
