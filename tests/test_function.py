@@ -661,6 +661,9 @@ def test_the_digest_follows_function_parameters_inputs_and_constants():
     ]
     assert len(set(digests)) == 5
     assert digests[0] == from_function(f, inputs(4), params()).digest()
+    x = rows(3)(100)
+    last = lambda p, inputs: mlp(p, inputs) * (1 + (inputs == x[-1]).all(1))[:, None]  # noqa: E731
+    assert len({from_function(g, x, mlp_params()).digest() for g in (mlp, last)}) == 2
 
 
 def test_the_shape_of_outputs_needs_no_computation():

@@ -327,6 +327,22 @@ def test_outputs_in_another_order_are_another_kernel(tmp_path):
         ntkbench.ntk(net(), inputs(5), output=[1, 0], file=file)
 
 
+@pytest.mark.parametrize("last", [2, 99])
+def test_a_call_that_changes_on_one_later_sample_is_another_kernel(tmp_path, last):
+    x, labels = inputs(100), torch.zeros(100, dtype=torch.int64)
+    labels[last] = 2
+
+    def weighted(*weights):
+        loss = nn.CrossEntropyLoss(torch.tensor(weights).to(x), reduction="none")
+        return lambda model, batch: loss(model(batch[0]), batch[1])
+
+    file = tmp_path / "k.npy"
+    ntkbench.ntk(net(), (x, labels), call=weighted(1.0, 1.0, 1.0), file=file)
+    ntkbench.ntk(net(), (x, labels), call=weighted(1.0, 1.0, 1.0), file=file)
+    with pytest.raises(ntkbench.BadInput, match="another kernel \\(other network\\)"):
+        ntkbench.ntk(net(), (x, labels), call=weighted(1.0, 1.0, 5.0), file=file)
+
+
 def test_the_seed_matters_only_to_kernels_that_use_it(tmp_path):
     file = tmp_path / "theta.npy"
     ntkbench.ntk(net(), inputs(5), kernel="random_vector", seed=1, file=file)

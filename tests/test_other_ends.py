@@ -45,7 +45,7 @@ class Tied(nn.Module):
 
 def theta(module: nn.Module, x: Tensor = X, names: str = "") -> Tensor:
     chosen = [w for name, w in module.named_parameters() if name.startswith(names) and w.requires_grad]
-    rows = [torch.autograd.grad(y, chosen, retain_graph=True) for y in module(x).reshape(-1)]
+    rows = [torch.autograd.grad(y, chosen, retain_graph=True, materialize_grads=True) for y in module(x).reshape(-1)]
     j = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
     return j @ j.T
 
@@ -397,3 +397,64 @@ def test_invalid_arguments_are_refused_in_one_line(call, said):
 def test_ten_eigenvalues_are_given_or_all_if_there_are_fewer():
     assert len(Kernel(net(), X[:2]).eigenvalues().values) == 2 * O
     assert len(Kernel(net(), X).eigenvalues().values) == 10
+
+
+class Branching(nn.Module):
+    """A network whose gradients a flag changes, but not its outputs."""
+
+    def __init__(self, changed: str = "", seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.inner, self.readout, self.changed = nn.Linear(4, 5).double(), nn.Linear(5, O).double(), changed
+
+    def forward(self, x):
+        h = torch.tanh(self.inner(x))
+        h = h.detach() if self.changed == "detached" else h
+        if self.changed == "truncated":
+            h = torch.cat([h[:, :2], h[:, 2:].detach()], 1)
+        if self.changed == "tensor hook" and h.requires_grad:
+            h.register_hook(lambda g: g * (torch.arange(5) % 2))
+        y = self.readout(h)
+        return torch.where(x[:, :1] > 9, y.detach(), y) if self.changed == "some samples" else y
+
+
+def changed(kind: str, seed: int = 0) -> nn.Module:
+    made = Branching(kind, seed)
+    if kind == "parameter hook":
+        made.inner.weight.register_hook(lambda g: g * (torch.arange(4) % 2))
+    if kind == "module hook":
+        made.readout.register_full_backward_hook(lambda layer, given, got: (given[0] * 2,))
+    return made
+
+
+@pytest.mark.parametrize(
+    "kind", ["detached", "truncated", "tensor hook", "parameter hook", "module hook", "some samples"]
+)
+def test_a_network_with_the_same_outputs_and_other_gradients_is_another_network(kind):
+    x = torch.randn(130, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    x[1, 0] = 10  # not among the 64 whose outputs are compared
+    x = x if kind == "some samples" else x[:6]
+    for seed in (0, 1):  # at the same weights and at others
+        one, other = changed(""), changed(kind, seed)
+        assert one.state_dict().keys() == other.state_dict().keys()
+        expected = cosine(theta(one, x), theta(other, x))
+        assert expected < 1 - 1e-6
+        found = ntkbench.alignment(one, other, x)
+        assert float(found) == pytest.approx(expected, rel=1e-9)
+        assert float(ntkbench.metrics_of(one, x, other)["alignment"]) == pytest.approx(expected, rel=1e-6)
+        with pytest.raises(BadInput, match="does not compute the gradients"):
+            Kernel(one, x).at(other)
+    assert float(ntkbench.alignment(one, changed("", 1), x)) == pytest.approx(
+        cosine(theta(one, x), theta(changed("", 1), x))
+    )
+    with pytest.raises(BadInput, match="does not compute the gradients"):
+        ntkbench.from_module(one, x, other)
+
+
+def test_a_tracker_refuses_a_network_that_begins_to_detach():
+    module = Branching()
+    tracker = ntkbench.Tracker(module, X, every=1, metrics=("trace",))
+    assert float(tracker(0)["trace"]) == pytest.approx(float(theta(module).trace()))
+    module.changed = "detached"
+    with pytest.raises(BadInput, match="does not compute the gradients"):
+        tracker(1)

@@ -504,6 +504,30 @@ def test_digest_sees_the_network_and_the_recipe(tiny):
     assert len({problem.digest() for problem in [tiny, *others]}) == 6
 
 
+def test_digest_sees_a_change_that_acts_on_the_last_sample_only(tiny):
+    from torch import nn
+
+    class Scaled(nn.Module):
+        def __init__(self, network, factor):
+            super().__init__()
+            self.network, self.factor = network, [factor]
+
+        def forward(self, x):
+            y = self.network(x)
+            return torch.where((x == last).all(1, keepdim=True), self.factor[0] * y, y)
+
+    x = np.random.default_rng(0).standard_normal((150, *tiny.x.shape[1:])).astype(tiny.x.dtype)
+    last = torch.from_numpy(x[-1]).double()
+    theta = {f"network.{key}": w for key, w in tiny.theta_0.items()}
+    one, same, other = (
+        Problem("scaled", Scaled(copy.deepcopy(tiny.module), factor), x, theta) for factor in (1.0, 1.0, 2.0)
+    )
+    assert one.digest() == same.digest() != other.digest()
+    assert {key for key, value in one.identity().items() if other.identity()[key] != value} == {"network"}
+    two = [replace(each, x=x[:2]) for each in (one, other)]
+    assert two[0].digest() == two[1].digest()  # the function of these samples is the same
+
+
 def test_digest_depends_on_the_function_of_a_network_and_not_on_its_code(tiny):
     from torch import nn
 

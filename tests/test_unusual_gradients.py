@@ -79,6 +79,16 @@ def test_a_method_is_right_about_hooks_or_refuses(method):
     assert found.covers(float(theta(module).trace()), "float64", 0.9999)
 
 
+def test_hooks_after_accumulation_are_no_part_of_the_kernel_and_are_named(caplog):
+    module = network()
+    expected = theta(module)
+    module[0].weight.register_post_accumulate_grad_hook(lambda w: w.grad.zero_())
+    torch.testing.assert_close(ntkbench.ntk(module, X), expected)
+    ntkbench.trace(network(), X)
+    (warning,) = (record.getMessage() for record in caplog.records if record.name == "ntkbench")
+    assert "register_post_accumulate_grad_hook (of 0.weight) are no part of the NTK" in warning
+
+
 def test_copies_keep_hooks_and_add_none_to_originals():
     module = hooked(LINEAR["scaled"])
     twice = copied(copied(module))

@@ -101,6 +101,76 @@ def test_alignment_uses_the_complex_buffers_of_each_end():
     assert float(found) == pytest.approx(metrics_of(*thetas)["alignment"], rel=1e-9)
 
 
+class Times(nn.Module):
+    """Counts on inputs in float64, and on its own origin in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+        self.register_buffer("origin", torch.tensor(1.7e9, dtype=torch.float64))
+
+    def forward(self, t):
+        phase = (t - self.origin) / 100
+        return torch.tanh(self.layer(torch.cat([phase.sin(), phase.cos()], 1).to(self.layer.weight.dtype)))
+
+
+class FrozenHalf(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Linear(4, 8).half().requires_grad_(False), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return torch.tanh(self.head(torch.tanh(self.backbone(x.half())).float()))
+
+
+MOMENTS = 1.7e9 + 1000 * seeded(lambda: torch.rand(6, 1, dtype=torch.float64))
+
+
+def own_theta(model, x):
+    """Theta of the model in its own precisions, one plain backward pass per output."""
+    theta = [w for w in model.parameters() if w.requires_grad]
+    rows = [torch.autograd.grad(y, theta, retain_graph=True) for y in model(x).reshape(-1)]
+    J = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows]).double()
+    return J @ J.T
+
+
+@pytest.mark.parametrize(("make", "x", "rtol"), [(Times, MOMENTS, 1e-5), (FrozenHalf, X, 2e-3)])
+def test_parts_of_another_precision_keep_it_where_the_network_counts_on_it(make, x, rtol, tmp_path):
+    one, other = seeded(make), seeded(make, 1)
+    thetas = [own_theta(model, x) for model in (one, other)]
+    close = lambda found, theta: torch.allclose(found.double(), theta, rtol=rtol, atol=rtol * float(theta.max()))  # noqa: E731
+    kernel = ntkbench.Kernel(one, x)
+    assert kernel.problem.mixed and kernel.ntk().dtype == torch.float32
+    assert close(kernel.ntk(), thetas[0]) and close(torch.tensor(kernel.ntk(file=tmp_path / "k.npy")), thetas[0])
+    for weights in (other, other.state_dict()):
+        assert close(kernel.at(weights).ntk(), thetas[1])
+    assert close(kernel.ntk(x[:2]), thetas[0][:, : 2 * len(thetas[0]) // len(x)])
+    for method in ("auto", "direct"):
+        assert float(ntkbench.trace(one, x, method=method)) == pytest.approx(float(thetas[0].trace()), rel=rtol)
+    expected = metrics_of(*(theta.numpy() for theta in thetas))["alignment"]
+    assert float(ntkbench.alignment(one, other, x)) == pytest.approx(expected, rel=rtol)
+    assert close(ntkbench.ntk(one, (x,)), thetas[0])  # inputs as buffers
+
+
+def test_parts_of_another_precision_are_converted_where_that_changes_nothing():
+    model = seeded(lambda: Lambda(lambda self, x: self.layer(x * self.scale), scale=torch.ones(4, dtype=torch.float64)))
+    model.layer.double()
+    with own_settings("float64"):
+        theta = explicit(model, X)
+    for converted, x in ((model, X), (nn.Linear(4, 3), X.double()), (model, X.double())):
+        assert not ntkbench.from_module(converted, x).mixed
+    torch.testing.assert_close(ntkbench.ntk(model, X), theta)
+
+
+def test_a_precision_that_changes_gradients_is_refused():
+    fine = seeded(lambda: Times()).double()
+    with pytest.raises(ntkbench.BadInput, match="has other gradients in float32 than in its own precision"):
+        ntkbench.trace(fine, MOMENTS, dtype="float32")
+    assert not ntkbench.from_module(seeded(lambda: nn.Linear(4, 2)).double(), X, dtype="float32").mixed
+    with pytest.raises(ntkbench.BadInput, match="computes in float32 only"):
+        ntkbench.from_module(Times(), MOMENTS).conversion("float64")
+
+
 # Randomness
 
 
@@ -638,6 +708,55 @@ def test_alignment_uses_the_statistics_of_each_end():
     problem = ntkbench.from_module(ends[0].eval(), X, ends[1].eval())
     assert "1.running_mean" in problem.fixed_0 and "0.bias" in problem.fixed_f
     assert problem.digest() != ntkbench.from_module(ends[0], X, ends[0]).digest()
+
+
+class Fixed(nn.BatchNorm1d):
+    """torch's own forward with a flag: it uses the running statistics in train mode too."""
+
+    def forward(self, x):
+        off = self.running_mean is None
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, off, 0.1)
+
+
+class Counted(nn.BatchNorm1d):
+    def forward(self, x):
+        return self.weight * x * (1 if self.num_batches_tracked is None else 2 + self.num_batches_tracked) + self.bias
+
+
+class Activated(nn.BatchNorm1d):
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+class ReadByParent(nn.Sequential):
+    def forward(self, x):
+        mean = self[1].running_mean
+        return self[2](self[0](x) - (0 if mean is None else self[1].weight * mean))
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [(Fixed, True), (Counted, True), (ReadByParent, True), (Activated, False), (nn.BatchNorm1d, False)],
+)
+def test_running_statistics_in_train_mode_are_kept_if_they_are_read(kind, kept):
+    def make():
+        norm = nn.BatchNorm1d(5) if kind is ReadByParent else kind(5)
+        outer = kind if kind is ReadByParent else nn.Sequential
+        made = outer(nn.Linear(4, 5), norm, nn.Linear(5, 2)).double()
+        norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+        return made
+
+    one, other = seeded(make), seeded(make, 1)
+    x = X.double()
+    with own_settings("float64"):
+        thetas = [explicit(model, x) for model in (one, other)]
+    check(one, x)
+    kernel = ntkbench.Kernel(one, x)
+    assert any("running" in key for key, _ in kernel.problem.module.named_buffers()) == kept
+    for weights in (other, other.state_dict()):
+        torch.testing.assert_close(kernel.at(weights).ntk(), thetas[1])
+    expected = metrics_of(*(theta.numpy() for theta in thetas))["alignment"]
+    assert float(ntkbench.alignment(one, other, x)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_non_persistent_buffers_count():

@@ -650,7 +650,7 @@ class Kernel:
 
         Raises:
             BadInput: there are no such parameters, they have other shapes, others are trainable, or with the same
-                values the network computes something else.
+                values the network computes other outputs or gradients.
         """
         with self._settings():
             return self._derived(self._source.at(self.problem, weights))

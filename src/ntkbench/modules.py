@@ -46,10 +46,15 @@ def beside(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module, shared)
 
 
-def cast(module: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
-    """Convert a module to a real precision, in place; complex tensors become complex ones of that precision."""
+def cast(module: nn.Module, dtype: torch.dtype | None, device: torch.device | None = None) -> nn.Module:
+    """Convert a module to a real precision, in place; complex tensors become complex ones of that precision.
+
+    With ``dtype=None`` all tensors keep their precision.
+    """
 
     def to(tensor: Tensor) -> Tensor:
+        if dtype is None:
+            return tensor.to(device)
         if tensor.is_complex():
             return tensor.to(device, dtype.to_complex())
         return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)

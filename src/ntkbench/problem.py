@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +41,8 @@ class Problem:
         recipe: how ``theta_f`` was trained; empty if that is not known.
         other: another network on inputs of its own, with the same N and O, for the alignment of its kernel with that of
             this one. ``theta_f`` is then its ``theta_0``, and samples interact if they do in either network.
+        mixed: whether the precisions of inputs, buffers and frozen parameters are part of the function. They are then
+            kept, and the network is only run in the precision of its theta.
 
     Raises:
         BadInput: N or O of the other network differ.
@@ -58,6 +60,7 @@ class Problem:
     fixed_f: Weights = field(default_factory=dict)
     recipe: str = ""
     other: Problem | None = None
+    mixed: bool = False
     _shape: list[tuple[int, ...]] = field(default_factory=list, repr=False, compare=False)
     _row_norms: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
     _operations: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -115,6 +118,19 @@ class Problem:
             raise BadInput(f"{self.name} has no {which}, so alignment is not defined for it")
         return weights
 
+    def conversion(self, dtype: str) -> str | None:
+        """The precision that real inputs, buffers and frozen parameters are converted to, to compute in ``dtype``.
+
+        ``None`` if they keep theirs.
+
+        Raises:
+            BadInput: they do, and ``dtype`` is not the precision of theta.
+        """
+        own = str(next(iter(self.theta_0.values())).dtype)
+        if self.mixed and dtype != own:
+            raise BadInput(f"{self.name} computes in {own} only, as parts of it have precisions of their own")
+        return None if self.mixed else dtype
+
     def fixed(self, which: str) -> Weights:
         """Values of frozen parameters and buffers that go with ``"theta_0"`` or ``"theta_f"``; often none."""
         problem, name = self.end(which)
@@ -144,7 +160,8 @@ class Problem:
         gradient, at each set of weights, rounded to 7 digits. A change of code that changes the NTK therefore changes
         the digest. A new version of PyTorch or another machine does not.
 
-        Cost: one forward and one backward pass per set of weights, on two samples if samples do not interact.
+        Cost: one forward and one backward pass over all samples per set of weights, 64 samples at a time if samples do
+        not interact.
         """
         digest = hashlib.sha256(self.recipe.encode())
         hash_arrays(digest, {"x": self.x})
@@ -198,50 +215,65 @@ class Problem:
         return values(self.module, set(self.weights(which)) | set(self.fixed(which)))
 
     def _behaviour(self, which: str) -> str:
-        x = self.x if self.samples_interact else self.x[:PROBED]
         own = str(next(iter(self.weights(which).values())).dtype)
         try:
-            return self._behaviour_in("float64", which, x)
+            return self._behaviour_in("float64", which)
         except Exception:  # a network that runs only in its own precision
             if own == "float64":
                 raise
-        return self._behaviour_in(own, which, x)
+        return self._behaviour_in(own, which)
 
-    def _behaviour_in(self, dtype: str, which: str, x: np.ndarray) -> str:
+    def _behaviour_in(self, dtype: str, which: str) -> str:
+        size = len(self.x) if self.samples_interact else PART
+        parts = [self.x[start : start + size] for start in range(0, len(self.x), size)]
         if self.module is None:
-            return _behaviour_in_jax(self, which, x, dtype)
-        return self._of_module(self.module, which, x, dtype)
+            return _behaviour_in_jax(self, which, parts, dtype)
+        return self._of_module(self.module, which, parts, dtype)
 
-    def _of_module(self, module: nn.Module, which: str, x: np.ndarray, dtype: str) -> str:
+    def _of_module(self, module: nn.Module, which: str, parts: Sequence[np.ndarray], dtype: str) -> str:
         import torch
 
         from ntkbench.modules import called, cast, copied, load
 
-        real = getattr(torch, dtype)
+        to = self.conversion(dtype)
+        real = None if to is None else getattr(torch, to)
         with own_settings(dtype):
             network = cast(copied(module), real)
             load(network, {**self.fixed(which), **self.weights(which)})
             own = dict(network.named_parameters())
             theta = [own[key].requires_grad_() for key in self.weights(which)]
-            inputs = torch.from_numpy(x).to(theta[0].device)
-            outputs = called(network, inputs.to(real) if inputs.is_floating_point() else inputs)
-            return signature((_projection(outputs) * outputs).sum(), theta)
 
+            def values() -> Iterator[Tensor]:
+                done = 0
+                for part in parts:
+                    x = torch.from_numpy(part).to(theta[0].device)
+                    outputs = called(network, x.to(real) if x.is_floating_point() and real is not None else x)
+                    yield (_projection(outputs, done) * outputs).sum()
+                    done += outputs.numel()
+
+            return signature(values(), theta)
+
+
+PART = 64
+"""Samples at a time on which a network is run for its identity."""
 
 PROBED = 2
-"""Number of samples on which a network is run for its identity."""
+"""Number of samples on which a network is run to see which parameters, or which objective, it has."""
 
 
-def signature(value: Tensor, parameters: Sequence[Tensor]) -> str:
-    """A number and a projection of its gradient in ``parameters``, to 7 digits, on which machines agree in float64."""
+def signature(values: Iterable[Tensor], parameters: Sequence[Tensor]) -> str:
+    """A sum and a projection of its gradient in ``parameters``, to 7 digits, on which machines agree in float64."""
     import torch
 
-    gradients = torch.autograd.grad(value, parameters, materialize_grads=True, allow_unused=True)
-    along = sum(float((_projection(g) * g).sum()) for g in gradients)
-    return _to_seven_digits(float(value.detach()), along)
+    total = along = 0.0
+    for value in values:
+        gradients = torch.autograd.grad(value, parameters, materialize_grads=True, allow_unused=True)
+        total += float(value.detach())
+        along += sum(float((_projection(g) * g).sum()) for g in gradients)
+    return _to_seven_digits(total, along)
 
 
-def _behaviour_in_jax(problem: Problem, which: str, x: np.ndarray, dtype: str) -> str:
+def _behaviour_in_jax(problem: Problem, which: str, parts: Sequence[np.ndarray], dtype: str) -> str:
     import jax
     import jax.numpy as jnp
 
@@ -251,13 +283,20 @@ def _behaviour_in_jax(problem: Problem, which: str, x: np.ndarray, dtype: str) -
         theta = {key: jnp.asarray(_in(dtype, w)) for key, w in problem.weights(which).items()}
         fixed = {key: jnp.asarray(_in(dtype, w)) for key, w in problem.fixed(which).items()}
 
-        def value(theta: Mapping[str, Any]) -> Any:
-            outputs = forward({**fixed, **theta}, jnp.asarray(_in(dtype, x))).reshape(-1)
-            return (jnp.cos(jnp.arange(1, outputs.size + 1)) * outputs).sum()
+        def value(theta: Mapping[str, Any], x: Any, done: Any) -> Any:
+            outputs = forward({**fixed, **theta}, x).reshape(-1)
+            return (jnp.cos(jnp.arange(1, outputs.size + 1) + done) * outputs).sum(), outputs.size
 
-        found, gradients = jax.value_and_grad(value)(theta)
-        along = sum(float(np.cos(np.arange(1, g.size + 1)) @ np.asarray(g).reshape(-1)) for g in gradients.values())
-        return _to_seven_digits(float(found), along)
+        total, along, done = 0.0, 0.0, 0
+        for part in parts:
+            (found, size), gradients = jax.value_and_grad(value, has_aux=True)(
+                theta, jnp.asarray(_in(dtype, part)), done
+            )
+            total, done = total + float(found), done + size
+            along += sum(
+                float(np.cos(np.arange(1, g.size + 1)) @ np.asarray(g).reshape(-1)) for g in gradients.values()
+            )
+        return _to_seven_digits(total, along)
 
 
 def _in(dtype: str, array: np.ndarray) -> np.ndarray:
@@ -268,11 +307,12 @@ def _to_seven_digits(*numbers: float) -> str:
     return " ".join(f"{number + 0.0:.6e}" for number in numbers)
 
 
-def _projection(like: Tensor) -> Tensor:
-    """Fixed coefficients in [-1, 1], as many as ``like`` has entries and none of them zero."""
+def _projection(like: Tensor, done: int = 0) -> Tensor:
+    """Fixed coefficients in [-1, 1] after the first ``done`` ones, as many as ``like`` has entries and none zero."""
     import torch
 
-    return torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device).cos().reshape(like.shape)
+    numbers = torch.arange(done + 1, done + like.numel() + 1, dtype=torch.float64, device=like.device)
+    return numbers.cos().reshape(like.shape)
 
 
 def hashed(arrays: Weights) -> str:

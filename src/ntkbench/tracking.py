@@ -41,7 +41,8 @@ class Tracker:
     [0, 10, 20]
 
     Cost of each measured step: that of the metrics (see :func:`ntkbench.metrics_of`) and of the alignment, each within
-    ``passes`` if given, four forward passes for checks, and one plain backward pass for the certificate.
+    ``passes`` if given, six forward and two backward passes for checks, and one plain backward pass for the
+    certificate.
 
     Args:
         model: the network that is trained; it is never changed.

@@ -34,26 +34,33 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, 
     """The problem's module, its trainable parameters by name and its inputs, on the target's device.
 
     Raises:
-        BadInput: no such weights, or the problem has no network in torch.
+        BadInput: no such weights, the problem has no network in torch, or that one does not run in this precision.
         Unavailable: the device is not present.
     """
     if problem.module is None:
         raise BadInput(f"{problem.name} has no network in torch; allowed backends for it: jax")
-    to = {"dtype": getattr(torch, target.dtype), "device": device(target)}
-    parameters = {key: torch.from_numpy(w).to(**to) for key, w in problem.weights(weights).items()}
-    x = torch.from_numpy(problem.x)
-    x = x.to(**to) if x.is_floating_point() else x.to(to["device"])
-    module = _module_on(problem.module, to["device"], to["dtype"])
+    where, dtype = device(target), _conversion(problem, target)
+    own = getattr(torch, target.dtype)
+    parameters = {key: torch.from_numpy(w).to(where, own) for key, w in problem.weights(weights).items()}
+    x = torch.from_numpy(problem.x).to(where)
+    x = x.to(dtype) if x.is_floating_point() and dtype is not None else x
+    module = _module_on(problem.module, where, dtype)
     if fixed := problem.fixed(weights):
         module = load(copied(module), fixed)
     return module, parameters, x
+
+
+def _conversion(problem: Problem, target: Target) -> torch.dtype | None:
+    """See :meth:`ntkbench.problem.Problem.conversion`."""
+    to = problem.conversion(target.dtype)
+    return None if to is None else getattr(torch, to)
 
 
 def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[..., Tensor]:
     """v ``[n]``, an array of any library, -> J^T v ``[P]`` by plain autograd, parameters in the order of ``names``."""
     _, parameters, x = network(problem, weights, target)
     # Not a copy of the module that products call, because a transform may leave its tensors in that one's attributes.
-    module = cast(copied(problem.network), getattr(torch, target.dtype), x.device)
+    module = cast(copied(problem.network), _conversion(problem, target), x.device)
     values = {name: parameters[name] for name in names}
     plain = PlainNetwork(load(module, problem.fixed(weights)), values, owned=True)
 
@@ -374,11 +381,11 @@ def _squares(blocks: Mapping[Any, Tensor]) -> Tensor:
     return sum(map(arrays.squared_norms, flat))
 
 
-_COPIES: weakref.WeakKeyDictionary[nn.Module, dict[tuple[torch.device, torch.dtype], nn.Module]]
+_COPIES: weakref.WeakKeyDictionary[nn.Module, dict[tuple[torch.device, torch.dtype | None], nn.Module]]
 _COPIES = weakref.WeakKeyDictionary()
 
 
-def _module_on(module: nn.Module, where: torch.device, dtype: torch.dtype) -> nn.Module:
+def _module_on(module: nn.Module, where: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """A copy of the module on a device and in a precision, made once and kept as long as the module itself."""
     copies = _COPIES.setdefault(module, {})
     if (where, dtype) not in copies:

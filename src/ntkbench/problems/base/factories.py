@@ -74,6 +74,8 @@ def _made(factory: str, folder: str) -> tuple[Definition, str]:
     """The problem of a factory, checked as those of :class:`ntkbench.Kernel`, and a hash of all its tensors."""
     made = make(factory, folder)
     p = wrapped(*as_module(made.model, made.inputs, made.call))
+    if p.mixed:
+        raise BadInput(f"{factory} makes a network with parts of precisions of their own, which a grid would convert")
     network = p.network.cpu()  # measurements choose the device
     found = Definition(network, p.x, None, samples_interact=p.samples_interact)
     return found, hashed({**values(network), "the inputs": p.x})

@@ -7,9 +7,10 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import logging
 import pickle
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ from ntkbench.ambient import own_settings
 from ntkbench.errors import BadInput, OverMemory, summary, unknown
 from ntkbench.layerwise.layers import of_last_module
 from ntkbench.modules import cast, copied, frozen, load
-from ntkbench.operators.arrays import to_numpy
+from ntkbench.operators import certificate
+from ntkbench.operators.arrays import epsilon, to_numpy
 from ntkbench.operators.plain import PlainNetwork, flat, leaves
 from ntkbench.options import DTYPES
 from ntkbench.problem import PROBED, Problem
@@ -43,6 +45,9 @@ NUDGE = 0.1
 
 CALLS = 8
 """Calls that must agree for a network in eval mode that draws random numbers."""
+
+ROUNDINGS = 64
+"""Machine epsilons by which gradients in two precisions may differ if neither needs a conversion."""
 
 SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -69,7 +74,9 @@ def from_module(
     theta is every parameter with ``requires_grad=True``; frozen parameters and buffers are part of the function, and a
     tensor tied under several names counts once. Everything is copied: further training of ``model`` does not affect the
     problem, and wrapping changes neither the model nor the states of the random generators of torch, Python and NumPy.
-    Norm layers in train mode keep using the batch's statistics, without updating their running ones.
+    Norm layers in train mode keep using the batch's statistics, without updating their running ones. J is what a
+    backward pass computes before it accumulates gradients: hooks of ``register_hook`` count, and those of
+    ``register_post_accumulate_grad_hook`` do not; a warning is logged if there are any.
 
     Whether samples interact is measured: the gradient of a random combination of the outputs of up to 8 samples, taken
     in a batch of up to 64, is compared with the gradient of the same samples taken alone. This is done in float64 if
@@ -80,7 +87,8 @@ def from_module(
     Cost: four forward and two backward passes over 64 samples, two backward passes over 8 samples alone, and a forward
     pass over all samples, 64 at a time. If samples interact, or the network accepts no other number of them, forward
     passes are over all samples at once. For ``model_f`` see :func:`at`. A network that draws random numbers in eval
-    mode takes ten forward passes instead of four.
+    mode takes ten forward passes instead of four. Norm layers in train mode take four forward and two backward passes
+    more over all samples, to check that no code reads their running statistics.
 
     >>> import torch, ntkbench
     >>> problem = ntkbench.from_module(torch.nn.Linear(3, 2), torch.ones(4, 3))
@@ -89,7 +97,9 @@ def from_module(
 
     Args:
         model: ``x -> [N, ...outputs]`` with its weights theta_0, in the intended mode (``train`` or ``eval``).
-        x: inputs ``[N, ...]``, real or integer; real ones are converted to ``dtype``.
+        x: inputs ``[N, ...]``, real or integer. Real ones, buffers and frozen parameters are converted to ``dtype``.
+            They keep their own precision if the parameters are of ``dtype`` and the conversion changes a gradient by
+            more than a few roundings, as for time stamps in float64 or a frozen backbone in half precision.
         model_f: the same network with the weights theta_f, for alignment. Frozen parameters and buffers, such as
             BatchNorm's running statistics, may differ as well; each set of weights keeps its own.
         name: name of the problem; by default the class of the model.
@@ -100,22 +110,25 @@ def from_module(
 
     Raises:
         BadInput: the model has no trainable parameters, is random or keeps a state from call to call; one of its hooks
-            uses the model in place of its arguments; its outputs are not N rows of finite real numbers that depend on
+            uses the model in place of its arguments; rounding to a coarser ``dtype`` changes its gradients by more than
+            rounding should; its outputs are not N rows of finite real numbers that depend on
             its parameters; or ``model_f`` differs from it in more than values.
     """
     _check_inputs(x)
     dtype = _dtype(model, dtype)
     with own_settings(dtype):
-        net = _snapshot(model, "model", dtype)
+        net, x, mixed = _in_precision(_snapshot(model, "model"), x, dtype, "model")
         theta_0 = _trainable(net)
-        x = _inputs(x, net, dtype)
-        shape, interact = _behaviour(net, x, model)
+        _note_late_hooks(model)
+        net = _without_unused_statistics(net, x)
+        shape, interact = _behaviour(net, x, model, mixed=mixed)
         problem = Problem(
             name=name or type(model.model if isinstance(model, Calling) else model).__name__,
             module=net,
             x=x.detach().cpu().numpy().copy(),
             theta_0=_on_host(theta_0),
             samples_interact=interact,
+            mixed=mixed,
             # Already known; the usual method, meta tensors, fails for networks that create tensors on a device.
             _shape=[shape],
         )
@@ -125,8 +138,8 @@ def from_module(
 def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "the other network") -> Problem:
     """The same network and inputs at other weights; theta_f is dropped.
 
-    Cost: for a network, four forward passes (over 64 samples if samples do not interact) and one over all samples if
-    there are more; none for values by name.
+    Cost: for a network, four forward passes (over 64 samples if samples do not interact), one over all samples if there
+    are more, and a forward and a backward pass of both networks over all samples; none for values by name.
 
     Args:
         problem: of a module.
@@ -136,7 +149,7 @@ def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "th
 
     Raises:
         BadInput: a name or a shape does not match, or values are not finite; other parameters are trainable; or the
-            network does not compute the same as the problem's network with the same values.
+            network does not compute the same outputs and gradients as the problem's network with the same values.
     """
     if isinstance(weights, nn.Module):
         values = _values_of_same(problem, weights, role)
@@ -180,9 +193,14 @@ def as_value(key: object, value: Any) -> Tensor:
 
 def _values_of_same(problem: Problem, model: nn.Module, role: str) -> dict[str, Tensor]:
     """Parameters and buffers of a network, which is checked to be the problem's up to their values."""
-    net = _snapshot(model, role, str(next(iter(problem.theta_0.values())).dtype))
-    values = _values(net)
-    _check_same(_values(problem.network), values)
+    dtype = str(next(iter(problem.theta_0.values())).dtype)
+    net, x, mixed = _in_precision(_snapshot(model, role), torch.from_numpy(problem.x), dtype, role, kept=problem.mixed)
+    if mixed != problem.mixed:
+        raise BadInput(f"{role} has parts of other precisions than the first network: give both the same ones")
+    present, values = _values(problem.network), _values(net)
+    if present.keys() != values.keys():
+        values = _values(_without_statistics(net))
+    _check_same(present, values)
     theta, own, first = problem.theta_0.keys(), _trainable(net).keys(), _trainable(problem.network).keys()
     if others := theta - own or (own - first if theta == first else set()):  # else theta is what the caller selected
         flag, known = ("False", "trainable") if min(others) in theta else ("True", "frozen")
@@ -190,7 +208,6 @@ def _values_of_same(problem: Problem, model: nn.Module, role: str) -> dict[str, 
             f"{role} has requires_grad={flag} for {own_name(net, min(others))!r}, which is {known} in the first "
             "network: give both the same trainable parameters, or select some by parameters=..."
         )
-    x = _inputs(torch.from_numpy(problem.x), net, str(next(iter(problem.theta_0.values())).dtype))
     swapped = load(copied(problem.network).to(x.device), values)
     some, outputs = (
         (x, _outputs(net, x, role, model)) if problem.samples_interact else _some_outputs(net, x, role, model)
@@ -201,7 +218,42 @@ def _values_of_same(problem: Problem, model: nn.Module, role: str) -> dict[str, 
             f"the first network with the values of {role} does not compute what {role} computes: they must be the "
             "same network, in the same mode (train or eval)"
         )
+    together = problem.samples_interact or len(some) == len(x)
+    found = _gradient(net, problem.theta_0, x, outputs, role, together=together)
+    if not _agree(found, _gradient(swapped, problem.theta_0, x, outputs, "the first network", together=together)):
+        raise BadInput(
+            f"the first network with the values of {role} does not compute the gradients that {role} computes: they "
+            "must be the same network, with the same tensors detached and the same hooks"
+        )
     return {key: w.cpu() for key, w in values.items()}
+
+
+def _gradient(
+    net: nn.Module, names: Collection[str], x: Tensor, outputs: Tensor, role: str, *, together: bool
+) -> Tensor:
+    """The gradient ``[P]`` of a random combination of the outputs of all samples, by plain autograd of a copy; 1 pass.
+
+    ``outputs`` are those of some samples. Samples are taken 64 at a time if they need not stay together.
+
+    Raises:
+        BadInput: the network cannot be differentiated.
+    """
+    own = dict(net.named_parameters())
+    plain = PlainNetwork(net, {name: own[name].detach() for name in names})
+    v = certificate.random_weights(len(x) * outputs[0].numel(), outputs).reshape(len(x), -1)
+    for size in (len(x),) if together else (TOGETHER, len(x)):
+        try:
+            with _seeded(0, x):
+                parts = zip(x.clone().split(size), v.split(size), strict=True)
+                return sum(flat(plain.gradient(*part)) for part in parts)  # type: ignore[return-value]
+        except Exception as error:  # it may accept no other number of samples
+            failed = error
+    raise BadInput(f"{role} cannot be differentiated: {summary(failed)}")
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two gradients are equal up to rounding, as certificates allow it."""
+    return certificate.distance(found, expected) <= certificate.tolerance(epsilon(expected))
 
 
 def paired(problem: Problem, other: Problem) -> Problem:
@@ -367,7 +419,7 @@ def _dtype(model: nn.Module, dtype: str | None) -> str:
     return found[0]
 
 
-def _snapshot(model: nn.Module, role: str, dtype: str) -> nn.Module:
+def _snapshot(model: nn.Module, role: str) -> nn.Module:
     """A copy of the model that is a function of its parameters and inputs alone.
 
     Raises:
@@ -391,18 +443,52 @@ def _snapshot(model: nn.Module, role: str, dtype: str) -> nn.Module:
     for where, layer in own.named_modules():
         if isinstance(layer, _DropoutNd) and layer.training and layer.p > 0:
             raise BadInput(f"{role} has Dropout in train mode ({where or 'the model itself'}): call model.eval() first")
-    net = cast(copied(model, role), getattr(torch, dtype))
+    net = copied(model, role)
     if where := captured.shared(net.model if isinstance(net, Calling) else net, own):
         raise BadInput(
             f"{role} has a function that uses {role} itself ({where}), which copies would share: let it use its "
             "arguments, or make it a method"
         )
+    return net
+
+
+def _without_statistics(net: nn.Module) -> nn.Module:
+    """A copy whose norm layers in train mode have no running statistics, as torch.func refuses updates in place."""
+    net = copied(net)
     for layer in net.modules():
         if isinstance(layer, _NormBase) and layer.training and layer.track_running_stats:
-            # Updates in place are not part of the function, and torch.func refuses them.
             layer.track_running_stats = False
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
     return net
+
+
+def _without_unused_statistics(net: nn.Module, x: Tensor) -> nn.Module:
+    """:func:`_without_statistics` if the network computes the same without them; it may read them in its own code."""
+    bare = _without_statistics(net)
+    if len(list(bare.buffers())) == len(list(net.buffers())):
+        return net
+    theta = _trainable(net)
+    try:
+        outputs = _Call(copied(net), x, 0).outputs
+        expected = _gradient(net, theta, x, outputs, "the model", together=False)
+    except Exception:  # a later check reports it
+        return net
+    try:
+        same = _close(_Call(copied(bare), x, 0).outputs, outputs)
+        return bare if same and _agree(_gradient(bare, theta, x, outputs, "", together=False), expected) else net
+    except Exception:  # a network that reads its statistics may raise anything without them
+        return net
+
+
+def _note_late_hooks(model: nn.Module) -> None:
+    """Log which parameters have hooks that run after their gradient is computed."""
+    late = [name for name, w in model.named_parameters() if w.requires_grad and w._post_accumulate_grad_hooks]
+    if late:
+        logging.getLogger("ntkbench").warning(
+            "hooks of register_post_accumulate_grad_hook (of %s) are no part of the NTK, as they run after a backward "
+            "pass has computed gradients: those of register_hook are",
+            own_name(model, late[0]),
+        )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -417,10 +503,69 @@ def _trainable(net: nn.Module) -> dict[str, Tensor]:
     return {key: w.detach() for key, w in net.named_parameters() if w.requires_grad}
 
 
-def _inputs(x: Tensor, net: nn.Module, dtype: str) -> Tensor:
-    """A copy of the inputs on the network's device, in its precision if they are real."""
-    where = next(net.parameters()).device
-    return x.detach().clone().to(device=where, dtype=getattr(torch, dtype) if x.is_floating_point() else x.dtype)
+def _in_precision(
+    net: nn.Module, x: Tensor, dtype: str, role: str, *, kept: bool = False
+) -> tuple[nn.Module, Tensor, bool]:
+    """The network in a precision, a copy of its inputs on its device, and whether parts keep precisions of their own.
+
+    A network computes another function if code in it counts on the precision of inputs, buffers or frozen parameters,
+    such as time stamps in float64. This is tested by the gradient of a random combination of all outputs before and
+    after the conversion: in the precision of theta up to a few roundings, since then nothing needs to be converted.
+
+    Args:
+        kept: keep the precisions of a network whose theta has this precision, without a test.
+
+    Raises:
+        BadInput: the conversion to another precision changes the gradient by more than rounding.
+    """
+    real = getattr(torch, dtype)
+    x = x.detach().clone().to(next(net.parameters()).device)
+    x = x.float() if x.dtype == torch.bfloat16 else x  # NumPy has no bfloat16
+    own = {w.dtype for w in _trainable(net).values()}
+    if kept and own == {real}:
+        return net, x, True
+    made, converted = cast(copied(net), real), x.to(real) if x.is_floating_point() else x
+    finer = [t for t in (x, *net.parameters(), *net.buffers()) if torch.finfo(real).eps > _eps(t)]
+    same = own == {real}
+    if not (finer or (same and any(_eps(t) > torch.finfo(real).eps for t in (*net.parameters(), *net.buffers())))):
+        return made, converted, False
+    for given, inputs in ((net, x), (_with_converted_inputs(net, real), converted)):
+        try:
+            with own_settings(str(next(iter(own)) if len(own) == 1 else real).removeprefix("torch.")):
+                outputs = _Call(copied(given), inputs, 0).outputs
+                expected = _gradient(given, _trainable(given), inputs, outputs, role, together=False).to(real)
+        except Exception:  # it does not take inputs of this precision, or a later check reports what is wrong
+            continue
+        try:
+            off = certificate.distance(
+                _gradient(made, _trainable(made), converted, outputs, role, together=False), expected
+            )
+        except Exception:  # code in it does not run in this precision
+            off = np.inf
+        if same:
+            return (made, converted, False) if off <= ROUNDINGS * torch.finfo(real).eps else (given, inputs, True)
+        if not off <= max(*map(_eps, _trainable(net).values()), torch.finfo(real).eps) ** 0.5:
+            how = "it does not run there" if off == np.inf else f"they differ by {off:.1e} of their norm"
+            raise BadInput(
+                f"{role} has other gradients in {dtype} than in its own precision ({how}): compute in that one"
+            )
+        break
+    return made, converted, False
+
+
+def _eps(t: Tensor) -> float:
+    """Machine epsilon of a real or complex tensor; ``nan`` of others, which compares as neither finer nor coarser."""
+    return torch.finfo(t.dtype).eps if t.is_floating_point() or t.is_complex() else np.nan
+
+
+def _with_converted_inputs(net: nn.Module, real: torch.dtype) -> nn.Module:
+    """A copy of a network whose inputs are in another precision, if it holds inputs."""
+    net = copied(net)
+    if isinstance(net, Calling):
+        for key, b in net._buffers.items():
+            if b is not None and b.is_floating_point():
+                net._buffers[key] = b.to(real)
+    return net
 
 
 class _Call:
@@ -571,14 +716,14 @@ def _later(net: nn.Module, x: Tensor) -> tuple[nn.Module, _Call] | None:
         return None
 
 
-def _behaviour(net: nn.Module, x: Tensor, original: nn.Module) -> tuple[tuple[int, ...], bool]:
+def _behaviour(net: nn.Module, x: Tensor, original: nn.Module, *, mixed: bool) -> tuple[tuple[int, ...], bool]:
     """The shape of f(x), after the checks of :func:`_outputs`, and whether samples interact.
 
     Raises:
         BadInput, OverMemory: as :func:`_outputs`; or the network cannot be differentiated.
     """
     some, outputs = _some_outputs(net, x, "the model", original)
-    interact = _interact(net, x)
+    interact = _interact(net, x, mixed=mixed)
     if interact and len(some) < len(x):
         outputs = _outputs(net, x, "the model", original)
     elif not interact:
@@ -671,8 +816,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _interact(net: nn.Module, x: Tensor) -> bool:
+def _interact(net: nn.Module, x: Tensor, *, mixed: bool) -> bool:
     """Whether some sample's gradients in the batch differ from those of the sample alone.
+
+    A network of mixed precisions is not tested in float64.
 
     Raises:
         BadInput: the network cannot be differentiated.
@@ -680,12 +827,13 @@ def _interact(net: nn.Module, x: Tensor) -> bool:
     if len(x) == 1:
         return False
     few = x[_spread(len(x), TOGETHER)]
-    for inputs, dtype in ((few, torch.float64), (x, torch.float64), (x, None)):
+    trials = ((few, None), (x, None)) if mixed else ((few, torch.float64), (x, torch.float64), (x, None))
+    for inputs, dtype in trials:
         wide = dtype if dtype is not None else next(iter(_trainable(net).values())).dtype
         try:
             with own_settings(str(wide).removeprefix("torch.")), _seeded(0, x):
-                at = inputs.to(wide) if inputs.is_floating_point() else inputs
-                return _gradients_differ(cast(copied(net), wide), at)
+                at = inputs.to(dtype) if dtype is not None and inputs.is_floating_point() else inputs
+                return _gradients_differ(cast(copied(net), dtype), at)
         except Exception as error:  # it may accept no other number of samples, or no other precision
             failed = error
     raise BadInput(f"the model cannot be differentiated: {summary(failed)}")
@@ -700,7 +848,7 @@ def _gradients_differ(net: nn.Module, x: Tensor) -> bool:
     chosen = _spread(len(x), ALONE)
     v = torch.zeros_like(outputs)
     v[chosen] = torch.from_numpy(rng.choice([-1.0, 1.0], v[chosen].shape)).to(v)
-    eps = torch.finfo(outputs.dtype).eps
+    eps = max(map(_eps, (outputs, *theta.values())))
     tolerance = max(INTERACTION, eps**0.5)
     for perturbed in (False, True):
         if perturbed:

@@ -96,7 +96,7 @@ def origin(name: str, definition: Definition) -> str:
     network = copy.deepcopy(definition.module).double()
     try:
         loss = definition.training.objective(network)
-        digest.update(signature(loss, [w for w in network.parameters() if w.requires_grad]).encode())
+        digest.update(signature([loss], [w for w in network.parameters() if w.requires_grad]).encode())
     except Exception as error:
         raise DidNotTrain(f"{name}: the training loss cannot be computed: {summary(error)}") from error
     return digest.hexdigest()[:16]
