@@ -219,7 +219,10 @@ class JaxRng(Rng):
     """Probes from a JAX key that is split before every draw."""
 
     def __init__(self, seed: int, dtype: Any, device: jax.Device) -> None:
-        self._key = jax.device_put(jax.random.key(seed), device)
+        key = jax.random.key(seed % 2**32)
+        if seed >= 2**32:  # without 64-bit numbers, a key takes the low 32 bits only
+            key = jax.random.fold_in(key, seed >> 32)
+        self._key = jax.device_put(key, device)
         self._dtype = dtype
 
     def _next(self) -> jax.Array:
