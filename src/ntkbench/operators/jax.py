@@ -25,7 +25,9 @@ NetworkFunction = Callable[[ParameterArrays, jax.Array], jax.Array]
 def linearise(problem: Problem, weights: str, target: Target) -> JaxJacobian:
     """See :func:`ntkbench.operators.linearise`."""
     forward, parameters, x = network(problem, weights, target)
-    return JaxJacobian(forward, parameters, x, problem.output_shape, target.memory)
+    j = JaxJacobian(forward, parameters, x, problem.output_shape, target.memory)
+    j.has_plain = problem.module is None
+    return j
 
 
 def network(problem: Problem, weights: str, target: Target) -> tuple[NetworkFunction, ParameterArrays, jax.Array]:
@@ -147,9 +149,14 @@ class JaxJacobian(JacobianOperator):
         x: inputs ``[N, ...]``.
         shape: shape of the outputs, ``(N, ...outputs)``.
         memory: bytes that one block of probes may use.
+
+    Attributes:
+        has_plain: whether plain ``jax.vjp`` is a method of its own: not if there is a module, whose twin this network
+            is, since products are then compared with torch.
     """
 
     COMPUTED: tuple[str, ...] = ("_pullback", "_plain_pullback")
+    has_plain: bool = False
 
     def __init__(
         self, forward: NetworkFunction, parameters: ParameterArrays, x: jax.Array, shape: tuple[int, ...], memory: int
@@ -174,7 +181,8 @@ class JaxJacobian(JacobianOperator):
 
     def _next_way(self, kind: str, reason: str) -> bool:
         """See :data:`WAYS`."""
-        if kind in self._passed_over or len(WAYS[kind]) == 1:
+        ways = [way for way in WAYS[kind] if way != PLAIN or self.has_plain]
+        if kind in self._passed_over or len(ways) == 1:
             return False
         self._passed_over[kind] = reason
         return True

@@ -540,7 +540,7 @@ def _checked(
         )
     if not np.isfinite(np.asarray(outputs, "float64")).all():
         raise BadInput(f"{role} returns nan or infinite outputs for these inputs")
-    if not _close(forward.plainly(weights, inputs), outputs, axis=0):
+    if not _close(forward.plainly(weights, inputs), outputs, tolerance(EPSILON), axis=0):
         raise BadInput(f"{role} is random or keeps a state: two calls on the same arguments differ")
     try:
         forward = forward.traced(theta, fixed, inputs)
@@ -552,7 +552,7 @@ def _checked(
             said = summary(failed)
             raise BadInput(f"{role} cannot be compiled by jax.jit, as with branches on values: {said}") from failed
         raise BadInput(f"{role} cannot be differentiated: {said}") from error
-    if not _close(_compiled(forward)(weights, inputs), outputs):
+    if not _close(_compiled(forward)(weights, inputs), outputs, PLAIN):  # products are certified more closely
         raise BadInput(f"{role} gives other values under jax.jit: is it random, or does it round intermediate values?")
     return forward, tuple(outputs.shape)
 
@@ -620,10 +620,10 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(said in str(error) for said in ("out of memory", "RESOURCE_EXHAUSTED"))
 
 
-def _close(a: Any, b: Any, axis: int | None = None) -> bool:
-    """Whether two arrays are equal up to rounding, relative to the largest entry (along an axis)."""
+def _close(a: Any, b: Any, within: float, axis: int | None = None) -> bool:
+    """Whether the differences of two arrays are within a share of the largest entry (along an axis)."""
     a, b = (np.asarray(each, "float64") for each in (a, b))
-    return a.shape == b.shape and bool((abs(a - b) <= tolerance(EPSILON) * abs(b).max(axis)).all())
+    return a.shape == b.shape and bool((abs(a - b) <= within * abs(b).max(axis)).all())
 
 
 def _check_depends(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray) -> None:
