@@ -659,7 +659,7 @@ def test_a_closure_that_changes_a_small_output_or_few_samples_is_traced_again():
 
     def f(params, x):
         gate = jnp.where(x[:, :1] > 1, outside["scale"], 1.0) * table
-        return jnp.concatenate([1e6 + x @ params["w"][:, :1], gate * jnp.tanh(x @ params["w"]) @ params["v"]], 1)
+        return jnp.concatenate([1e6 + x @ params["w"][:, :1], gate * (jnp.tanh(x @ params["w"]) @ params["v"])], 1)
 
     forwards = []
     for outside["scale"], table[-1] in ((1.0, 1.0), (2.0, 1.0), (1.0, 3.0), (1.0, 1.0)):

@@ -35,7 +35,7 @@ class BatchedJacobian(Deterministic):
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         ends = len(metrics.parameter_sets(metric))
         held = ends * problem.n * problem.P * target.itemsize
-        by_columns = problem.other is None and held <= target.memory and problem.P < problem.n
+        by_columns = problem.other is None and held <= target.memory and problem.n > problem.P
         return ends * (problem.P if by_columns else problem.n)
 
     def products(self, problem: Problem, metric: str, passes: float) -> float:

@@ -653,9 +653,7 @@ def _plain_gradient(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.n
     return np.concatenate([np.asarray(g, "float64").reshape(-1) for g in gradients.values()])
 
 
-def _difference(
-    own: str, other: str, forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray
-) -> float:
+def _difference(own: str, other: str, forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray) -> float:
     """The relative difference of a function's gradients in two precisions; 0 if that of the first is not finite.
 
     A function may be another one in another precision: ``jax.random`` then draws other numbers from the same key.
@@ -673,9 +671,7 @@ def _difference(
     return ratio(float(np.linalg.norm(found - expected)), float(np.linalg.norm(expected)))
 
 
-def _check_same_in(
-    own: str, dtype: str, forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray
-) -> None:
+def _check_same_in(own: str, dtype: str, forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray) -> None:
     """Refuse a function that is another one in ``dtype`` than in the precision of its parameters.
 
     Raises:
