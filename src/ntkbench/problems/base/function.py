@@ -518,8 +518,8 @@ def _checked(
     import jax
     import jax.numpy as jnp
 
-    theta, fixed, inputs = _on_device(theta), _on_device(fixed), jnp.array(x)
-    weights = {**theta, **fixed}
+    held, constants, inputs = _on_device(theta), _on_device(fixed), jnp.array(x)
+    weights = {**held, **constants}
     try:
         outputs = forward.plainly(weights, inputs)
     except Exception as error:  # a user's function may raise anything
@@ -543,7 +543,7 @@ def _checked(
     if not _close(forward.plainly(weights, inputs), outputs, tolerance(EPSILON), axis=0):
         raise BadInput(f"{role} is random or keeps a state: two calls on the same arguments differ")
     try:
-        forward = forward.traced(theta, fixed, inputs)
+        forward = forward.traced(held, constants, inputs)
     except Exception as error:  # loops of unknown length, or operations without a derivative, unless f is not traceable
         said = summary(error)
         try:
@@ -707,6 +707,7 @@ def _interact(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray
                 return _gradients_differ(forward, *arrays, int(np.prod(shape[1:])))
         except Exception as error:  # f may accept no other number of samples, or no other precision
             failed = error
+    assert failed is not None  # the last precision is that of the function itself
     raise BadInput(f"f cannot be differentiated: {summary(failed)}") from failed
 
 

@@ -212,10 +212,12 @@ class JaxSource(Source):
 
     def target(self, device: str | torch.device | None) -> tuple[Target, int | None]:
         from ntkbench.operators.jax import place
+        from ntkbench.problems.base.function import FlatFunction
 
         own = str(self.problem.theta_0[next(iter(self.problem.theta_0))].dtype)
         target = Target("jax", self._dtype or own, "auto" if device is None else str(device))
-        if others := getattr(self.problem.jax_forward, "devices", frozenset()) - {place(target)}:
+        assert isinstance(self.problem.jax_forward, FlatFunction)
+        if others := self.problem.jax_forward.devices - {place(target)}:
             said = ", ".join(sorted(map(str, others)))
             raise BadInput(f"f closes over arrays on {said}, and is computed on {place(target)}: move them there")
         return target, None
