@@ -287,3 +287,22 @@ def test_wrong_tiny_gradients_are_not_certified():
     """Their squares underflow."""
     expected = torch.full((3,), 1e-170, dtype=torch.float64)
     assert distance_of_parts([(2 * expected, expected)]) == pytest.approx(1)
+
+
+def test_without_forward_mode_the_batched_jacobian_takes_the_fewer_passes():
+    """A JVP of a custom autograd function takes two passes."""
+
+    class Together(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(2, 3, bias=False)
+
+        def forward(self, x):
+            hidden = Clip.apply(self.a(x))
+            return hidden - hidden.mean(0)
+
+    model, x = Together().double(), torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for samples, passes in ((3, 9), (6, 12)):
+        found = ntkbench.trace(model, x[:samples], method="batched_jacobian")
+        assert found.passes == passes
+        assert float(found) == pytest.approx(float(ntkbench.trace(model, x[:samples], method="naive_jacobian")))

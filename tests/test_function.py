@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import subprocess
 import sys
 
@@ -374,17 +375,20 @@ armed.defvjp(lambda x: (x, None), lambda _, g: (1.5 * g if isinstance(g, jax.cor
 
 
 def test_products_that_contradict_plain_vjp_are_refused():
-    """A derivative that is different under jit and vmap."""
+    """A derivative that is different under jit and vmap, which leaves plain ``jax.vjp``."""
     f = lambda params, x: armed(jnp.tanh(x @ params["w"])) @ params["v"]  # noqa: E731
     params = {"w": rng().standard_normal((3, 5)), "v": rng(1).standard_normal((5, 2))}
     problem = from_function(f, rows(3)(4), params)
-    for way in jax_kernel.ways(problem):
+    *ways, last = jax_kernel.ways(problem)
+    for way in ways:
         with pytest.raises(Uncertified):
             way(problem, None, None, False, TARGET)
-    for method in ("one_sided_reverse", "per_sample_trace"):
-        chosen = methods.stochastic(method)
-        with pytest.raises(Uncertified):
-            chosen.estimate(chosen.prepare(problem, TARGET), "trace", 8)
+    plain = lambda params, x: jnp.tanh(x @ params["w"]) @ params["v"]  # noqa: E731
+    J = jacobian(plain, rows(3)(4), params)
+    assert close(last(problem, None, None, False, TARGET), J @ J.T)
+    chosen = methods.stochastic("per_sample_trace")
+    with pytest.raises(Uncertified):
+        chosen.estimate(chosen.prepare(problem, TARGET), "trace", 8)
     with pytest.raises(Uncertified):
         methods.get("nt_jacobian_contraction").estimate(
             methods.get("nt_jacobian_contraction").prepare(problem, TARGET), "norm"
@@ -607,7 +611,7 @@ def test_precision_is_that_of_the_parameters_unless_it_is_given():
 def test_equal_functions_share_compiled_programs_unless_they_have_changed():
     params, x = mlp_params(), rows(3)(4)
     first, second = (from_function(mlp, x, mlp_params(seed)).jax_forward for seed in (0, 1))
-    assert first == second and hash(first) == hash(second) and first != first.alone()
+    assert first == second and hash(first) == hash(second)
     outside = {}
     f = lambda params, x: outside["scale"] * mlp(params, x)  # noqa: E731
     for outside["scale"] in (1.0, 2.0, 3.0):
@@ -648,6 +652,57 @@ def test_a_function_whose_gradients_alone_have_changed_is_compiled_again():
             assert float(found) == pytest.approx(metrics_of(J @ J.T)[metric], rel=1e-4), (stopped, found)
 
 
+def test_a_closure_that_changes_a_small_output_or_few_samples_is_traced_again():
+    outside, x, params = {}, rows(3)(12), {"w": rng().standard_normal((3, 5)), "v": rng(1).standard_normal((5, 2))}
+    table = np.ones(2)
+    x[:, 0] = np.arange(12) - 8.0
+
+    def f(params, x):
+        gate = jnp.where(x[:, :1] > 1, outside["scale"], 1.0) * table
+        return jnp.concatenate([1e6 + x @ params["w"][:, :1], gate * (jnp.tanh(x @ params["w"]) @ params["v"])], 1)
+
+    forwards = []
+    for outside["scale"], table[-1] in ((1.0, 1.0), (2.0, 1.0), (1.0, 3.0), (1.0, 1.0)):
+        problem, J = from_function(f, x, params), jacobian(f, x, params)
+        found = methods.get("nt_jacobian_contraction")
+        estimate = found.estimate(found.prepare(problem, TARGET), "trace")
+        assert float(estimate) == pytest.approx(metrics_of(J @ J.T)["trace"], rel=1e-9), outside
+        forwards.append(problem.jax_forward)
+    assert forwards[0] == forwards[3] and len(set(forwards)) == 3
+
+
+def test_a_function_with_a_comparison_that_fails_is_unlike_all_others():
+    @dataclasses.dataclass
+    class Scaled:
+        scale: np.ndarray
+
+        def __hash__(self):
+            return 7
+
+        def __call__(self, params, x):
+            return linear(params, x) * self.scale
+
+    for scale in (2.0, 3.0):
+        f = Scaled(np.array([scale, 1.0]))
+        J = jacobian(f, X, W)
+        assert close(ntkbench.ntk(f, X, params=W), J @ J.T)
+
+
+def test_the_certificate_of_a_trace_is_of_random_samples(monkeypatch):
+    """A wrong program that is right for the first samples."""
+    original = programs.kernel_function
+
+    def wrong(*arguments):
+        kernel = original(*arguments)
+        return lambda weights, x1, x2=None: kernel(weights, x1, x2) * jnp.where(jnp.arange(len(x1)) < 16, 1, 2)
+
+    monkeypatch.setattr(programs, "kernel_function", wrong)
+    problem = from_function(lambda params, x: jnp.sin(linear(params, x)[:, :1]), rows(3)(64), W)
+    method = methods.get("nt_jacobian_contraction")
+    with pytest.raises(Uncertified):
+        method.estimate(method.prepare(problem, TARGET), "trace")
+
+
 @pytest.mark.slow
 def test_the_digest_follows_function_parameters_inputs_and_constants():
     f, params, inputs = CASES["several inputs"]
@@ -675,6 +730,170 @@ def test_a_result_that_does_not_fit_in_memory_is_refused():
     with pytest.raises(ntkbench.OverMemory, match="GiB are free"):
         check_result(10**9, 10**9, TARGET)
     check_result(10, 10, TARGET)
+
+
+# Precision
+
+
+def in_float32(*leaves: np.ndarray) -> list[np.ndarray]:
+    return [leaf.astype("float32") for leaf in leaves]
+
+
+def dropped(params, x):
+    """Another network in float64, where the key draws another mask."""
+    mask = jax.random.bernoulli(jax.random.key(0), 0.5, (12,))
+    return (jnp.tanh(x @ params["w"]) * mask) @ params["v"]
+
+
+def dropped_params():
+    w, v = in_float32(rng().standard_normal((3, 12)), rng(1).standard_normal((12, 1)))
+    return {"w": w, "v": v}
+
+
+def test_solutions_are_of_the_function_in_its_own_precision():
+    params, (x, x2) = dropped_params(), in_float32(rows(3)(5), rows(3)(2, 1))
+    with own_jax_settings("float32"):
+        masked = np.asarray(jax.random.bernoulli(jax.random.key(0), 0.5, (12,)))
+    same = lambda params, x: (jnp.tanh(x @ params["w"]) * masked) @ params["v"]  # noqa: E731
+    J, J2, y = jacobian(same, x, params), jacobian(same, x2, params), rng(3).standard_normal((5, 1))
+    kernel = ntkbench.Kernel(dropped, x, params=params)
+    expected = np.linalg.solve(J @ J.T + 5 * np.eye(5), y)
+    assert kernel._precise().dtype == "float32"
+    assert ntkbench.Kernel(same, x, params=params)._precise().dtype == "float64"
+    assert close(kernel.solve(y, ridge=5).values, expected, 1e-4)
+    assert close(kernel.regress(x2, y, ridge=5).values, J2 @ J.T @ expected, 1e-4)
+
+
+def test_a_function_that_is_another_one_in_the_precision_asked_for_is_refused():
+    (x,) = in_float32(rows(3)(5))
+    with pytest.raises(BadInput, match="another function in float64 than in float32, the precision of its parameters"):
+        from_function(dropped, x, dropped_params(), dtype="float64")
+    from_function(dropped, x, jax.tree.map(np.float64, dropped_params()))
+
+
+def test_interaction_is_measured_in_a_precision_with_the_same_function():
+    """Samples interact in float32 alone."""
+
+    def f(params, x):
+        hidden = x @ params["w"]
+        return jnp.tanh(hidden - hidden.mean(0) if x.dtype == "float32" else hidden) @ params["v"]
+
+    (x,) = in_float32(rows(3)(5))
+    assert from_function(f, x, dropped_params()).samples_interact
+    assert not from_function(f, x, jax.tree.map(np.float64, dropped_params())).samples_interact
+
+
+MIXED = {
+    "float32 inside": (lambda p, x: jnp.tanh(x.astype("float32") @ p["w"].astype("float32")), "float64", 1e-6),
+    "bfloat16 inside": (lambda p, x: jnp.tanh(x.astype("bfloat16") @ p["w"].astype("bfloat16")), "float32", 0.1),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_mixed_precision_goes_by_plain_vjp(case):
+    f, dtype, tolerance = MIXED[case]
+    x, w = (each.astype(dtype) for each in (rows(3)(4), W["w"]))
+    J = jacobian(lambda p, x: jnp.tanh(x @ p["w"]), x, {"w": w})
+    assert float(ntkbench.trace(f, x, params={"w": w})) == pytest.approx(metrics_of(J @ J.T)["trace"], rel=tolerance)
+    assert close(ntkbench.ntk(f, x, params={"w": w}), J @ J.T, tolerance)
+
+
+@jax.custom_vjp
+def limited(x):
+    return x
+
+
+limited.defvjp(lambda x: (x, None), lambda _, g: (g / jnp.maximum(1, jnp.linalg.norm(g)),))
+
+
+def test_a_clipped_gradient_goes_row_by_row():
+    f = lambda params, x: limited(jnp.tanh(x @ params["w"])) @ params["v"]  # noqa: E731
+    params = {"w": rng().standard_normal((3, 5)), "v": 3 * rng(1).standard_normal((5, 2))}
+    x = rows(3)(4)
+    J = jacobian(f, x, params)
+    found = ntkbench.norm(f, x, params=params)
+    assert (found.method, found.standard_error) == ("naive_jacobian", None)
+    assert float(found) == pytest.approx(metrics_of(J @ J.T)["norm"])
+    with pytest.raises(Uncertified, match="not linear in the cotangent"):
+        ntkbench.trace(f, x, params=params, method="one_sided_reverse", passes=4)
+
+
+def test_a_network_with_a_torch_module_is_not_certified_by_its_own_vjp():
+    module = ntkbench.testing.smooth_problem("twin", 3, 4, 5, 2)
+    assert not linearise(module, "theta_0", TARGET)._next_way("vjp", "differs")
+
+
+def test_scans_in_float64_have_their_own_precision():
+    def f(params, x):
+        step = lambda h, t: (h + 0.1 * jnp.tanh(h @ params["w"] + t), None)  # noqa: E731
+        return jax.lax.scan(step, x, jnp.linspace(0.0, 1.0, 11))[0]
+
+    params, x = {"w": rng().standard_normal((3, 3))}, rows(3)(4)
+    problem, J = from_function(f, x, params), jacobian(f, x, params)
+    assert programs.longest_scan(problem) == 11
+    assert float(ntkbench.trace(f, x, params=params)) == pytest.approx(metrics_of(J @ J.T)["trace"])
+    failing = dataclasses.replace(problem, jax_forward=lambda weights, x: 1 / 0)
+    assert programs.longest_scan(failing) == 1
+
+
+def test_jvps_that_take_two_passes_count_in_a_budget():
+    def f(params, x):
+        hidden = clipped(x @ params["w"])
+        return hidden - hidden.mean(0)
+
+    params, x = {"w": rng().standard_normal((3, 3))}, rows(3)(5)
+    problem, J = from_function(f, x, params), jacobian(f, x, params)
+    assert problem.P < problem.n < 2 * problem.P
+    found = ntkbench.norm(f, x, params=params, method="batched_jacobian")
+    assert (found.passes, float(found)) == (problem.n, pytest.approx(metrics_of(J @ J.T)["norm"]))
+    assert ntkbench.norm(f, x, params=params, passes=12).passes <= 12
+    assert ntkbench.norm(f, rows(3)(7), params=params, method="batched_jacobian").passes == 2 * problem.P
+
+
+def test_interaction_is_measured_again_at_other_flags():
+    def f(params, x):
+        hidden = x @ params["w"]
+        return jnp.tanh(hidden - jnp.where(params["train"], hidden.mean(0), 0.0))
+
+    kernel = ntkbench.Kernel(f, X, params=W | {"train": np.array(False)})
+    training = kernel.at(W | {"train": np.array(True)})
+    assert training.problem.samples_interact and not kernel.problem.samples_interact
+    assert not training.at(W | {"train": np.array(False)}).problem.samples_interact
+    with pytest.raises(BadInput, match="samples interact"):
+        training.regress(X, np.ones((4, 2)), ridge=1.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_seeds_beyond_32_bits_have_their_own_streams(dtype):
+    j = linearise(from_function(linear, X, W, dtype=dtype), "theta_0", Target("jax", dtype, "cpu"))
+    with own_jax_settings(dtype):
+        streams = [np.asarray(j.rng(seed).normal(1, 8)) for seed in (1, 1 + 2**32, 1 + 2**33)]
+        key = jax.random.split(jax.random.key(1))[1]
+        assert np.array_equal(streams[0], jax.random.normal(key, (1, 8), dtype))
+    assert all((one != other).all() for one, other in itertools.combinations(streams, 2))
+
+
+def test_a_transfer_guard_of_the_caller_does_not_matter():
+    with jax.transfer_guard("disallow"):
+        assert ntkbench.trace(linear, X, params=W).standard_error is None
+
+
+TWO_DEVICES = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+import jax, jax.numpy as jnp, numpy as np, ntkbench
+scale = jax.device_put(jnp.ones(2), jax.devices()[1])
+try:
+    ntkbench.ntk(lambda w, x: x @ w * scale, np.ones((4, 3)), params=np.ones((3, 2)))
+except ntkbench.BadInput as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_arrays_on_another_device_are_named():
+    done = subprocess.run([sys.executable, "-c", TWO_DEVICES], capture_output=True, text=True, check=True)
+    assert "f closes over arrays on cpu:1, and is computed on cpu:0" in done.stdout
 
 
 # Refusals
@@ -722,6 +941,7 @@ REFUSED = {
         X,
         W,
     ),
+    "f donates its arguments": (jax.jit(lambda p, x: p["w"] + x, donate_argnums=0), X[:3, :2], W),
     "unknown dtype 'float16'": (functools.partial(linear), X, W, None, "float16"),
     "'n' has integers beyond 16777216, which float32 cannot hold": (
         lambda p, x: linear(p, x["x"]) * x["n"][:, None],
@@ -746,6 +966,11 @@ def test_invalid_functions_are_refused_in_one_line(said):
     with pytest.raises(BadInput, match=said) as caught:
         from_function(f, x, params, params_f, dtype=dtype)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_arrays_that_are_not_differentiated_cannot_be_selected():
+    with pytest.raises(BadInput, match="matches only frozen parameters: allowed are arrays of real numbers"):
+        ntkbench.ntk(linear, X, params=W | {"i": np.arange(3)}, parameters="i")
 
 
 def test_values_that_are_being_traced_are_refused():

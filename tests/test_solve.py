@@ -145,6 +145,23 @@ def test_a_tolerance_beyond_the_precision_is_refused():
         ntkbench.solve(wide(), MANY, Y, ridge=1e-2, rtol=1e-12, dtype="float32", memory=LITTLE, passes=300)
 
 
+class Branching(nn.Module):
+    """A network that is another one in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = wide()
+
+    def forward(self, x):
+        return self.inner(x) * (1 if x.dtype == torch.float32 else 2)
+
+
+def test_a_network_that_branches_on_precision_is_solved_in_its_own():
+    model, x = Branching().float(), MANY[:6].float()
+    found = ntkbench.solve(model, x, Y[:6], ridge=50)
+    np.testing.assert_allclose(found.values.reshape(-1), exact(wide(), MANY[:6], Y[:6], 50), rtol=1e-3, atol=1e-5)
+
+
 def test_a_factor_in_float32_is_refined_in_float64():
     single = wide().float()
     found = ntkbench.solve(single, MANY.float(), Y, ridge=1e-2, rtol=1e-10)

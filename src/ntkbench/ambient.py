@@ -155,4 +155,5 @@ def own_jax_settings(dtype: str) -> Iterator[None]:
         stack.enter_context(jax.numpy_rank_promotion("allow"))
         stack.enter_context(jax.disable_jit(False))
         stack.enter_context(jax.debug_nans(False))
+        stack.enter_context(jax.transfer_guard("allow"))
         yield

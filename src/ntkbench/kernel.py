@@ -585,17 +585,26 @@ class Kernel:
         return Regression(predicted.reshape(others.output_shape), solution, spent, certificate)
 
     def _precise(self) -> Target:
-        """The target with the most precise products: float64 if the network runs in it; two passes to check."""
-        from ntkbench.operators import linearise
+        """The target with the most precise products: float64 if the network is the same there; three passes to check.
+
+        It may be another one, as ``jax.random`` draws other numbers from the same key, or as it branches on precision.
+        """
+        from ntkbench.operators import certificate, linearise
 
         if self._target.dtype == "float64":
             return self._target
         if "float64" not in self._prepared:
             target = replace(self._target, dtype="float64", tf32=False)
+            products = []
             try:
-                with self._source.settings(target, self._index):
-                    j = linearise(self.problem, "theta_0", target)
-                    j.ntk(j.basis(0, 1))
+                for each in (target, self._target):
+                    with self._source.settings(each, self._index):
+                        j = linearise(self.problem, "theta_0", each)
+                        image = j.vjp(certificate.random_signs(j.n, j.basis(0, 1))[None])
+                        products.append(to_numpy(image, np.float64))
+                        if each is target:
+                            j.jvp(image)
+                certificate.check(certificate.distance(*products), self._epsilon)
             except Exception:  # a network that runs only in its own precision
                 target = self._target
             self._prepared["float64"] = target

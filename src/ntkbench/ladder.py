@@ -347,7 +347,7 @@ def _steps(
     while able := [other for other, needed in exact.items() if needed <= most]:
         yield able[0], UNLIMITED
         exact.pop(able[0], None)
-    if target.backend == "torch" and metric in methods.get(FLOOR).metrics:
+    if metric in methods.get(FLOOR).metrics:
         needed = methods.get(FLOOR).passes_needed(problem, metric, target)
         if needed is not None and needed <= most:
             yield FLOOR, UNLIMITED

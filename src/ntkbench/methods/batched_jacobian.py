@@ -20,7 +20,8 @@ class BatchedJacobian(Deterministic):
     """J by batched products over the whole batch: min(n, P) passes for each parameter set if J fits in memory.
 
     J is computed by VJPs with the n unit vectors of output space. If P < n and J fits in memory, it is computed by JVPs
-    with the P unit vectors of parameter space instead. If J takes more than half of the memory, VJPs recompute blocks
+    with the P unit vectors of parameter space instead; without forward mode, where a JVP takes two passes, if 2 P < n.
+    If J takes more than half of the memory, VJPs recompute blocks
     of its rows for every pair of blocks. Samples may interact.
     """
 
@@ -34,7 +35,7 @@ class BatchedJacobian(Deterministic):
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         ends = len(metrics.parameter_sets(metric))
         held = ends * problem.n * problem.P * target.itemsize
-        by_columns = problem.other is None and _by_columns(problem.n, problem.P, held, target.memory)
+        by_columns = problem.other is None and held <= target.memory and problem.n > problem.P
         return ends * (problem.P if by_columns else problem.n)
 
     def products(self, problem: Problem, metric: str, passes: float) -> float:
@@ -43,7 +44,7 @@ class BatchedJacobian(Deterministic):
     def planned_passes(self, prepared: PreparedProblem, metric: str) -> float:
         jacobians = prepared.jacobians(metric)
         if _is_by_columns(jacobians):
-            return float(sum(j.P for j in jacobians))
+            return float(sum(j.P * j.passes_per_jvp() for j in jacobians))
         sizes = [block.stop - block.start for block in _blocks(jacobians)]
         return len(jacobians) * rows_computed(metric, sizes, _held(jacobians), jacobians[0].memory)
 
@@ -61,7 +62,9 @@ def _held(jacobians: Sequence[JacobianOperator]) -> int:
 
 def _is_by_columns(jacobians: Sequence[JacobianOperator]) -> bool:
     j = max(jacobians, key=lambda each: each.P)
-    return jacobians[-1].names == jacobians[0].names and _by_columns(j.n, j.P, _held(jacobians), j.memory)
+    if jacobians[-1].names != jacobians[0].names or _held(jacobians) > j.memory or j.n <= j.P:
+        return False
+    return j.n > j.P * max(each.passes_per_jvp() for each in jacobians)
 
 
 def _blocks(jacobians: Sequence[JacobianOperator]) -> list[slice]:
@@ -69,10 +72,6 @@ def _blocks(jacobians: Sequence[JacobianOperator]) -> list[slice]:
     j = max(jacobians, key=lambda each: each.P)
     most = max(1, j.memory // (4 * max(j.P, j.n) * j.itemsize))
     return arrays.chunks(j.n, max(len(j.blocks(j.n)), -(-j.n // most)))
-
-
-def _by_columns(n: int, P: int, held: int, memory: int) -> bool:
-    return n > P and held <= memory
 
 
 def _moments_from_columns(metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:

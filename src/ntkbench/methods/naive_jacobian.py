@@ -16,7 +16,7 @@ from ntkbench.problem import Problem
 
 
 class NaiveJacobian(Deterministic):
-    """J by ``torch.autograd.grad`` in a loop over all outputs: n passes for each parameter set.
+    """J by ``torch.autograd.grad`` or ``jax.vjp`` in a loop over all outputs: n passes for each parameter set.
 
     If J takes more than half of the memory, blocks of its rows are recomputed for every pair of blocks.
     """
@@ -26,7 +26,7 @@ class NaiveJacobian(Deterministic):
     source = "folklore; the loop over torch.autograd.grad"
     use_when = "no other method applies, or as a reference"
     passes_formula = "n"
-    backends = ("torch",)
+    backends = ("torch", "jax")
 
     def passes_needed(self, problem: Problem, metric: str, target: Target) -> float:
         n, ends = problem.n, len(metrics.parameter_sets(metric))

@@ -25,7 +25,9 @@ NetworkFunction = Callable[[ParameterArrays, jax.Array], jax.Array]
 def linearise(problem: Problem, weights: str, target: Target) -> JaxJacobian:
     """See :func:`ntkbench.operators.linearise`."""
     forward, parameters, x = network(problem, weights, target)
-    return JaxJacobian(forward, parameters, x, problem.output_shape, target.memory)
+    j = JaxJacobian(forward, parameters, x, problem.output_shape, target.memory)
+    j.has_plain = problem.module is None
+    return j
 
 
 def network(problem: Problem, weights: str, target: Target) -> tuple[NetworkFunction, ParameterArrays, jax.Array]:
@@ -65,7 +67,12 @@ def plain_pullback(
     Args:
         names: names of the parameters, in the order of their entries.
     """
-    forward, parameters, x = network(problem, weights, target)
+    return _plain_pullback(*network(problem, weights, target), names)
+
+
+def _plain_pullback(
+    forward: NetworkFunction, parameters: ParameterArrays, x: jax.Array, names: Sequence[str]
+) -> Callable[[arrays.Array], jax.Array]:
     outputs, pull = jax.vjp(lambda p: forward(p, x), parameters)
 
     def gradient(v: arrays.Array) -> jax.Array:
@@ -121,8 +128,16 @@ def free_memory(target: Target) -> int:
     return statistics["bytes_limit"] - statistics["bytes_in_use"] if statistics else free_on_host()
 
 
-SAID = {"jvp": "JVP", "sample_jvp": "per-sample JVP"}
-"""Products by forward mode, or by two reverse passes if the network has no forward mode, with their names in notes."""
+REVERSE, FORWARD, TWICE, PLAIN = "reverse mode", "forward mode", "two reverse passes", "plain jax.vjp"
+WAYS = {
+    "vjp": (REVERSE, PLAIN),
+    "row": (REVERSE, PLAIN),
+    "sample_vjp": (REVERSE,),
+    "jvp": (FORWARD, TWICE),
+    "sample_jvp": (FORWARD, TWICE),
+}
+"""Methods for each kind of product, the fastest first. All but plain ``jax.vjp`` are compiled and batch probes."""
+SAID = {"vjp": "VJP", "row": "row", "jvp": "JVP", "sample_jvp": "per-sample JVP"}
 
 
 class JaxJacobian(JacobianOperator):
@@ -134,9 +149,14 @@ class JaxJacobian(JacobianOperator):
         x: inputs ``[N, ...]``.
         shape: shape of the outputs, ``(N, ...outputs)``.
         memory: bytes that one block of probes may use.
+
+    Attributes:
+        has_plain: whether plain ``jax.vjp`` is a method of its own: not if there is a module, whose twin this network
+            is, since products are then compared with torch.
     """
 
-    COMPUTED: tuple[str, ...] = ("_pullback",)
+    COMPUTED: tuple[str, ...] = ("_pullback", "_plain_pullback")
+    has_plain: bool = False
 
     def __init__(
         self, forward: NetworkFunction, parameters: ParameterArrays, x: jax.Array, shape: tuple[int, ...], memory: int
@@ -147,46 +167,63 @@ class JaxJacobian(JacobianOperator):
         self.itemsize = next(iter(parameters.values())).dtype.itemsize
         self._forward, self._parameters, self._x = forward, parameters, x
         self._programs = _programs(forward)
-        self._passed_over: dict[str, str] = {}  # why forward mode is not used; shared with copies
+        self._passed_over: dict[str, str] = {}  # why the first method is not used; shared with copies
 
     @functools.cached_property
     def _pullback(self) -> Any:
         """The VJP of the forward pass, which runs once for all probes: a pytree of residuals."""
         return self._programs.linearised(self._parameters, self._x)
 
+    @functools.cached_property
+    def _plain_pullback(self) -> Callable[[jax.Array], jax.Array]:
+        """The same VJP without jit and vmap, one cotangent ``[n]`` at a time."""
+        return _plain_pullback(self._forward, self._parameters, self._x, self.names)
+
     def _next_way(self, kind: str, reason: str) -> bool:
-        if kind not in SAID or kind in self._passed_over:
+        """See :data:`WAYS`."""
+        ways = [way for way in WAYS[kind] if way != PLAIN or self.has_plain]
+        if kind in self._passed_over or len(ways) == 1:
             return False
         self._passed_over[kind] = reason
         return True
 
+    def _is_plain(self, kind: str) -> bool:
+        return self._way(kind) == PLAIN
+
     def passes_per_jvp(self, by_sample: bool = False) -> int:
         kind = "sample_jvp" if by_sample else "jvp"
         self._settle(kind)
-        return 2 if kind in self._passed_over else 1
+        return 1 if self._way(kind) == FORWARD else 2
+
+    def _way(self, kind: str) -> str:
+        return WAYS[kind][kind in self._passed_over]
 
     @property
     def notes(self) -> tuple[str, ...]:
         return tuple(
-            f"each {SAID[kind]} is computed by two reverse passes: {why}" for kind, why in self._passed_over.items()
+            f"each {SAID[kind]} is computed by {self._way(kind)}: {why}" for kind, why in self._passed_over.items()
         )
 
     def _vjp(self, u: jax.Array) -> jax.Array:
+        if self._is_plain("vjp"):
+            return jnp.stack([self._plain_pullback(each) for each in u])
         return self._programs.pulled_back(self._pullback, u.reshape(-1, self.N, self.O))
 
     def _jvp(self, w: jax.Array) -> jax.Array:
-        twice = "jvp" in self._passed_over
+        twice = self._way("jvp") == TWICE
         self._sample_passes += len(w) * self.N * twice
         return self._programs.pushed_forward(twice, self._parameters, self._x, w)
 
     def _row(self, i: int) -> jax.Array:
+        if self._is_plain("row"):
+            return self._plain_pullback(self.basis(i, i + 1)[0])
         return self._programs.one_row(self._pullback, i, self.N, self.O, next(iter(self._parameters.values())).dtype)
 
     def _sample_vjp(self, samples: slice, v: jax.Array) -> jax.Array:
         return self._programs.pulled_back_by_sample(_flat, self._parameters, self._x[samples], v)
 
     def _sample_jvp(self, samples: slice, w: jax.Array) -> jax.Array:
-        twice = "sample_jvp" in self._passed_over
+        twice = self._way("sample_jvp") == TWICE
         self._sample_passes += w.shape[0] * w.shape[1] * twice
         return self._programs.pushed_forward_by_sample(twice, self._parameters, self._x[samples], w)
 
@@ -219,7 +256,10 @@ class JaxRng(Rng):
     """Probes from a JAX key that is split before every draw."""
 
     def __init__(self, seed: int, dtype: Any, device: jax.Device) -> None:
-        self._key = jax.device_put(jax.random.key(seed), device)
+        key = jax.random.key(seed % 2**32)
+        if seed >= 2**32:  # without 64-bit numbers, a key takes the low 32 bits only
+            key = jax.random.fold_in(key, seed >> 32)
+        self._key = jax.device_put(key, device)
         self._dtype = dtype
 
     def _next(self) -> jax.Array:

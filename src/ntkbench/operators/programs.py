@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ntkbench.ambient import own_jax_settings
 from ntkbench.errors import Missing, OverMemory
 from ntkbench.operators.neural_tangents import load
 from ntkbench.options import Target
@@ -69,7 +70,7 @@ def scan_too_long(problem: Problem) -> str | None:
 def longest_scan(problem: Problem) -> int:
     """Steps of the longest ``lax.scan`` in a problem's JAX network (nested ones multiplied), 1 if there is none.
 
-    From shapes alone: the network is traced, and nothing is computed.
+    From shapes alone: the network is traced, and nothing is computed. It is 1 if the network cannot be traced.
     """
     weights = {**problem.fixed_0, **problem.theta_0}
     shapes = tuple((key, w.shape, w.dtype.name) for key, w in weights.items())
@@ -82,11 +83,13 @@ def _longest_scan(
 ) -> int:
     import jax
 
-    def like(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
-        # Precision does not change the network, and float64 is not always enabled.
-        return jax.ShapeDtypeStruct(shape, "float32" if np.issubdtype(dtype, np.floating) else dtype)
-
-    return _steps(jax.make_jaxpr(forward)({key: like(*array) for key, *array in weights}, like(*x)).jaxpr)
+    reals = [dtype for *_, dtype in weights if np.issubdtype(dtype, np.floating)]
+    with own_jax_settings("float64" if "float64" in reals else "float32"):
+        try:
+            like = {key: jax.ShapeDtypeStruct(*array) for key, *array in weights}
+            return _steps(jax.make_jaxpr(forward)(like, jax.ShapeDtypeStruct(*x)).jaxpr)
+        except Exception:  # a method that cannot trace it either says why
+            return 1
 
 
 def _steps(jaxpr: Any) -> int:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 KERNEL = "kernel"
 """What a program computes for metrics of the whole kernel."""
 FEW_ROWS, CERTIFIED_ROWS = 16, 64
-"""Maximum number of rows of J in the certificate of a trace: for several samples together, and for one sample."""
+"""Maximum number of rows of J in the certificate of a trace: of several samples together, and of one sample."""
 
 
 class NeuralTangents(Method):
@@ -103,9 +103,9 @@ class CompiledPrograms:
     """A problem on the device, with one compiled program for each requested metric.
 
     A program is certified at its first use by plain autograd. For a kernel Theta, c^T Theta c with random signs c is
-    compared with ||J^T c||^2. For the trace, the part of the first samples is compared with the squared norms of their
-    rows of J, at most :data:`CERTIFIED_ROWS`. If a sample has more outputs, the part of the first one is compared with
-    a kernel of that sample alone, which is certified like any kernel. J^T c is compared with the sum of the gradients
+    compared with ||J^T c||^2. For the trace, the part of some random samples is compared with the squared norms of
+    their rows of J, at most :data:`CERTIFIED_ROWS`. If a sample has more outputs, the part of one is compared with a
+    kernel of that sample alone, which is certified like any kernel. J^T c is compared with the sum of the gradients
     of all samples, each alone, since a trace of single samples does not show whether they interact. Programs are shared
     by problems of the same function and shapes; certificates are not.
 
@@ -205,22 +205,23 @@ class CompiledPrograms:
         self._check(certificate.distance(flat, arrays.to_numpy(self._gradient("theta_0"))))
 
     def _trace_of_rows(self) -> float:
-        """The sum of the squared norms of the first samples' rows of J."""
+        """The sum of the squared norms of the certified samples' rows of J."""
         if self._problem.O > CERTIFIED_ROWS:
             return self._trace_of_block()
         from ntkbench.operators.jax import plain_pullback
 
-        few = self._problem.with_inputs(self._problem.x[: self._certified_samples])
+        few = self._problem.with_inputs(self._problem.x[list(self._certified_samples)])
         pull = plain_pullback(few, "theta_0", self._target, list(few.theta_0))
         rows = map(pull, np.eye(few.n, dtype=self._target.dtype))
         return sum(float(row @ row) for row in rows)
 
     def _trace_of_block(self) -> float:
-        """The trace of the first sample's block, by a kernel of that sample alone, which plain autograd certifies."""
+        """The trace of one sample's block, by a kernel of that sample alone, which plain autograd certifies."""
         import jax
 
-        few = self._problem.with_inputs(self._problem.x[:1])
-        weights, x = self._parameter_sets("norm"), self._x[:1]
+        one = list(self._certified_samples)
+        few = self._problem.with_inputs(self._problem.x[one])
+        weights, x = self._parameter_sets("norm"), self._x[np.array(one)]
         sums, (form,) = jax.device_get(self._compiled("norm", x)(weights, x))
         c = _signs(1, self._problem.O, self._target.dtype)
         g = plain_gradient(few, "theta_0", self._target, list(few.theta_0))(c.reshape(-1))
@@ -228,8 +229,11 @@ class CompiledPrograms:
         return float(sums["trace"])
 
     @property
-    def _certified_samples(self) -> int:
-        return max(1, min(self._problem.N, FEW_ROWS // self._problem.O))
+    def _certified_samples(self) -> tuple[int, ...]:
+        """Random samples, the same in every run."""
+        N = self._problem.N
+        found = np.random.default_rng(20260104).permutation(N)[: max(1, FEW_ROWS // self._problem.O)]
+        return tuple(map(int, found))
 
     def _parameter_sets(self, what: str) -> list[Any]:
         return [self._networks[name][1] for name in metrics.parameter_sets(what)]
@@ -258,7 +262,7 @@ def _compiled(
     forwards: tuple[Callable[[Any, Any], Any], ...],
     implementation: str,
     what: str,
-    sizes: tuple[int, int],
+    sizes: tuple[int, tuple[int, ...]],
     arguments: tuple[tuple[jax.ShapeDtypeStruct, ...], Any],
     target: Target,
     name: str,
@@ -269,7 +273,7 @@ def _compiled(
         forwards: the network at each parameter set.
         implementation: implementation of neural-tangents.
         what: ``trace``, which is computed without the kernel, ``moments``, or :data:`KERNEL`.
-        sizes: outputs of a sample, and samples whose part of the trace is certified.
+        sizes: outputs of a sample, and the samples whose part of the trace is certified.
         arguments: shapes of the arguments' arrays, and their structure.
         target: where it runs.
         name: name of the problem.
@@ -291,12 +295,14 @@ def _compiled(
     )
 
 
-def _trace(forward: Callable[[Any, Any], Any], implementation: str, outputs: int, certified: int) -> Callable[..., Any]:
+def _trace(
+    forward: Callable[[Any, Any], Any], implementation: str, outputs: int, certified: tuple[int, ...]
+) -> Callable[..., Any]:
     mean = programs.kernel_function(forward, implementation, (1,), (0,))
 
     def trace(weights: Any, x: Any) -> Any:
         by_sample = outputs * mean(weights[0], x)
-        return {"trace": by_sample.sum()}, [by_sample[:certified].sum()]
+        return {"trace": by_sample.sum()}, [by_sample[np.array(certified)].sum()]
 
     return trace
 

@@ -388,7 +388,8 @@ def _matching(problem: Problem, patterns: str | Sequence[str]) -> set[str]:
         if not keys_of:
             raise BadInput(f"parameters={pattern!r} matches no parameter; {_nearest(pattern, list(names))}")
         if keys_of.isdisjoint(problem.theta_0):
-            raise BadInput(f"parameters={pattern!r} matches only frozen parameters: set requires_grad=True")
+            remedy = "set requires_grad=True" if problem.module is not None else "allowed are arrays of real numbers"
+            raise BadInput(f"parameters={pattern!r} matches only frozen parameters: {remedy}")
         found |= keys_of
     return found
 

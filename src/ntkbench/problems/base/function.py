@@ -6,8 +6,9 @@ JAX is imported inside functions only.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from ntkbench import errors
 from ntkbench.ambient import own_jax_settings
 from ntkbench.errors import BadInput, OverMemory, summary, unknown
+from ntkbench.operators.certificate import PLAIN, ratio, tolerance
 from ntkbench.options import DTYPES
 from ntkbench.problem import Problem
 from ntkbench.problems.base.module import ALONE, INTERACTION, NUDGE, TOGETHER, _spread
@@ -23,6 +25,8 @@ from ntkbench.problems.base.module import ALONE, INTERACTION, NUDGE, TOGETHER, _
 Arrays = dict[str, np.ndarray]
 
 WRAP = "wrap it in a function that does"
+
+EPSILON = float(np.finfo("float32").eps)
 
 
 def from_function(
@@ -43,8 +47,9 @@ def from_function(
 
     Whether samples interact is measured as in :func:`ntkbench.problems.base.module.from_module`.
 
-    Cost: three forward passes and one backward pass; two passes over 64 samples and two over 8 samples alone; and the
-    compilation of a forward pass and of the passes over samples. The same again for ``params_f``.
+    Cost: three forward passes and one backward pass; in float32, two passes over 64 samples; two passes over 64 samples
+    and two over 8 samples alone; a trace of a forward and a backward pass, and the compilation of a forward pass and of
+    the passes over samples. The same again for ``params_f``, and two passes over 64 samples for another ``dtype``.
 
     >>> import jax.numpy as jnp, ntkbench
     >>> problem = ntkbench.from_function(lambda w, x: x @ w, jnp.ones((4, 3)), jnp.ones((3, 2)))
@@ -64,14 +69,16 @@ def from_function(
 
     Raises:
         BadInput: the parameters have no real leaves, or differ from ``params_f`` in more than values; the function is
-            random, keeps a state, or cannot be traced or differentiated; or its outputs are not N rows of finite real
-            numbers that depend on the parameters.
+            random, keeps a state, donates its arguments, is another one in the precision of the parameters than in
+            ``dtype``, or cannot be traced or differentiated; or its outputs are not N rows of finite real numbers that
+            depend on the parameters.
         Unavailable: JAX is not installed.
     """
     errors.need("jax", "a function with params", errors.JAX)
     if not callable(f):
         raise BadInput(f"f must be a function (params, x) -> [N, ...outputs], got {type(f).__name__}")
     tree, theta_0, fixed_0 = _parameters(params, "params")
+    given = {w.dtype.name for w in theta_0.values() if w.size}
     dtype = _dtype(theta_0, dtype)
     inputs, leaves = _inputs(x, "x")
     packed, theta_0 = inputs.packed(leaves, dtype), _cast(theta_0, dtype)
@@ -79,6 +86,8 @@ def from_function(
     with own_jax_settings(dtype):
         forward, shape = _checked(forward, theta_0, fixed_0, packed, "f")
         _check_depends(forward, theta_0, fixed_0, packed)
+    for own in given & set(DTYPES) - {dtype}:
+        _check_same_in(own, dtype, forward, theta_0, fixed_0, packed)
     interact = _interact(forward, theta_0, fixed_0, packed, shape)
     theta_f: Arrays | None = None
     fixed_f: Arrays = {}
@@ -132,6 +141,8 @@ def with_columns(problem: Problem, x2: Any) -> tuple[Problem, np.ndarray]:
 def at(problem: Problem, params: Any) -> Problem:
     """The same function and inputs at other parameters; theta_f is dropped.
 
+    Whether samples interact is measured again if integers or booleans among the parameters differ.
+
     Args:
         problem: from :func:`from_function`.
         params: a pytree like the problem's, with other values of its arrays.
@@ -144,8 +155,12 @@ def at(problem: Problem, params: Any) -> Problem:
     tree, theta, fixed = _parameters(params, "params")
     theta = _cast(theta, str(next(iter(problem.theta_0.values())).dtype))
     _check_same(forward.params, tree, {**problem.theta_0, **problem.fixed_0}, theta | fixed)
+    interact = problem.samples_interact
+    if any(not np.array_equal(fixed[key], problem.fixed_0[key]) for key in fixed):  # such as a flag for training
+        interact = _interact(forward, theta, fixed, problem.x, problem.output_shape)
     return replace(
         problem,
+        samples_interact=interact,
         theta_0={key: theta[key] for key in problem.theta_0},
         fixed_0={**problem.fixed_0, **fixed, **{key: w for key, w in theta.items() if key not in problem.theta_0}},
         theta_f=None,
@@ -257,39 +272,60 @@ class Inputs:
         return jax.tree.unflatten(self.structure, leaves)
 
 
+@dataclass(frozen=True)
+class Trace:
+    """What a function and its gradient compute, for inputs of some shapes.
+
+    Attributes:
+        digest: hash of their operations, and of the values of all arrays that they close over.
+        devices: devices that some of these arrays are bound to, by ``jax.device_put`` or a sharding.
+    """
+
+    digest: str
+    devices: frozenset[Any]
+
+
 class FlatFunction:
     """A function of pytrees as a function of named arrays and one array of inputs, ``(weights, x) -> [N, ...outputs]``.
 
-    Outputs have the precision of the parameters. Unless ``alone``, instances with the same function and structure are
-    equal, so they share what JAX has compiled.
+    Outputs have the precision of the parameters. Instances with the same function, structure and trace are equal, so
+    they share what JAX has compiled.
 
     Args:
         f: the function of pytrees.
         params: parameters without their arrays.
         inputs: inputs without their values.
         parameter: name of one of the parameters.
-        alone: whether the instance is equal to itself only.
+        trace: what the function computes, if it is known.
+
+    Attributes:
+        devices: devices that arrays which the function closes over are bound to, by ``jax.device_put`` or a sharding.
     """
 
     def __init__(
-        self, f: Callable[[Any, Any], Any], params: Tree, inputs: Inputs, parameter: str, alone: bool = False
+        self, f: Callable[[Any, Any], Any], params: Tree, inputs: Inputs, parameter: str, trace: Trace | None = None
     ) -> None:
         self.inputs, self.params = inputs, params
         self._f, self._parameter = f, parameter
-        self._key: Any = (f, params, inputs)
+        self.devices = frozenset() if trace is None else trace.devices
+        self._key: Any = (f, params, inputs, trace)
         try:
             hash(self._key)
         except TypeError:
-            alone = True
-        if alone:
             self._key = object()
 
-    def alone(self) -> FlatFunction:
-        """The same function as an instance that is equal to itself only."""
-        return FlatFunction(self._f, self.params, self.inputs, self._parameter, alone=True)
+    def traced(self, theta: Mapping[str, Any], fixed: Mapping[str, Any], x: Any) -> FlatFunction:
+        """The same function as an instance that is equal only to those that compute the same now.
+
+        A function may have changed since JAX compiled it, for example through a variable that it closes over.
+        """
+        return FlatFunction(self._f, self.params, self.inputs, self._parameter, _trace(self, theta, fixed, x))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, FlatFunction) and bool(self._key == other._key)
+        try:
+            return isinstance(other, FlatFunction) and bool(self._key == other._key)
+        except Exception:  # a user's own comparison, as of dataclasses with arrays
+            return False
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -467,16 +503,13 @@ def _said(array: np.ndarray | None) -> str:
 def _on_device(*arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     import jax.numpy as jnp
 
-    return {key: jnp.asarray(array) for each in arrays for key, array in each.items()}
+    return {key: jnp.array(array) for each in arrays for key, array in each.items()}
 
 
 def _checked(
     forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray, role: str
 ) -> tuple[FlatFunction, tuple[int, ...]]:
-    """The function, checked, and the shape of its outputs.
-
-    The function may have changed since JAX compiled it, for example through a variable that it closes over. Then the
-    compiled code is stale, and the returned instance is equal to itself only.
+    """The function, checked and traced, and the shape of its outputs.
 
     Raises:
         BadInput: it is not a function of its arguments alone, or its outputs are not rows of finite real numbers.
@@ -485,12 +518,15 @@ def _checked(
     import jax
     import jax.numpy as jnp
 
-    weights, inputs = _on_device(theta, fixed), jnp.asarray(x)
+    held, constants, inputs = _on_device(theta), _on_device(fixed), jnp.array(x)
+    weights = {**held, **constants}
     try:
         outputs = forward.plainly(weights, inputs)
     except Exception as error:  # a user's function may raise anything
         kind = OverMemory if _is_out_of_memory(error) else BadInput
         raise kind(f"{role} cannot be called as f(params, x): {summary(error)}") from error
+    if any(array.is_deleted() for array in (inputs, *weights.values())):
+        raise BadInput(f"{role} donates its arguments, which are used again: leave out donate_argnums of jax.jit")
     if not isinstance(outputs, jax.Array | np.ndarray):
         raise BadInput(f"{role} must return one array [N, ...outputs], got {type(outputs).__name__}: {WRAP}")
     if outputs.ndim == 0 or outputs.shape[0] != len(x) or outputs.size == 0:
@@ -504,18 +540,60 @@ def _checked(
         )
     if not np.isfinite(np.asarray(outputs, "float64")).all():
         raise BadInput(f"{role} returns nan or infinite outputs for these inputs")
-    if not _close(forward.plainly(weights, inputs), outputs):
+    if not _close(forward.plainly(weights, inputs), outputs, tolerance(EPSILON), axis=0):
         raise BadInput(f"{role} is random or keeps a state: two calls on the same arguments differ")
-    for twin in (forward, forward.alone()):
+    try:
+        forward = forward.traced(held, constants, inputs)
+    except Exception as error:  # loops of unknown length, or operations without a derivative, unless f is not traceable
+        said = summary(error)
         try:
-            compiled = _compiled(twin)(weights, inputs)
-        except Exception as error:
-            raise BadInput(
-                f"{role} cannot be compiled by jax.jit, as with branches on values: {summary(error)}"
-            ) from error
-        if _close(compiled, outputs):
-            return twin, tuple(outputs.shape)
-    raise BadInput(f"{role} gives other values under jax.jit: is it random, or does it round intermediate values?")
+            jax.eval_shape(forward.plainly, weights, inputs)
+        except Exception as failed:
+            said = summary(failed)
+            raise BadInput(f"{role} cannot be compiled by jax.jit, as with branches on values: {said}") from failed
+        raise BadInput(f"{role} cannot be differentiated: {said}") from error
+    if not _close(_compiled(forward)(weights, inputs), outputs, PLAIN):  # products are certified more closely
+        raise BadInput(f"{role} gives other values under jax.jit: is it random, or does it round intermediate values?")
+    return forward, tuple(outputs.shape)
+
+
+def _trace(forward: FlatFunction, theta: Mapping[str, Any], fixed: Mapping[str, Any], x: Any) -> Trace:
+    """What a function and its gradient compute; they are traced, and nothing is computed.
+
+    Raises:
+        Exception: whatever JAX or the function raises.
+    """
+    import jax
+
+    def both(theta: Any, fixed: Any, x: Any) -> Any:
+        outputs, pull = jax.vjp(lambda theta: forward({**fixed, **theta}, x), theta)
+        return outputs, pull(jax.numpy.ones_like(outputs))
+
+    made = jax.make_jaxpr(both)(theta, fixed, x)
+    digest, devices = hashlib.sha256(made.jaxpr.pretty_print(use_color=False).encode()), set()
+    for value in _held(made):
+        if getattr(value, "committed", False):
+            devices |= value.devices()
+        array = np.asarray(jax.random.key_data(value) if _is_key(value) else value)
+        digest.update(f"{array.dtype} {array.shape} ".encode())
+        digest.update(array.tobytes())
+    return Trace(digest.hexdigest(), frozenset(devices))
+
+
+def _held(jaxpr: Any) -> Iterator[Any]:
+    """Arrays and numbers that a trace holds, in loops, branches and calls as well."""
+    import jax
+    from jax.extend.core import Literal
+
+    yield from getattr(jaxpr, "consts", ())
+    for equation in jaxpr.eqns:
+        yield from (variable.val for variable in equation.invars if isinstance(variable, Literal))
+        is_jaxpr = lambda value: hasattr(value, "eqns")  # noqa: E731
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                yield from _held(value)
+            elif isinstance(value, jax.Array | np.ndarray):
+                yield value
 
 
 @functools.lru_cache(maxsize=16)
@@ -542,31 +620,72 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(said in str(error) for said in ("out of memory", "RESOURCE_EXHAUSTED"))
 
 
-def _close(a: Any, b: Any) -> bool:
-    """Whether two arrays are equal up to rounding, relative to the largest output."""
+def _close(a: Any, b: Any, within: float, axis: int | None = None) -> bool:
+    """Whether the differences of two arrays are within a share of the largest entry (along an axis)."""
     a, b = (np.asarray(each, "float64") for each in (a, b))
-    eps = float(np.finfo("float32").eps)
-    return a.shape == b.shape and bool(abs(a - b).max() <= eps**0.5 * abs(b).max())
+    return a.shape == b.shape and bool((abs(a - b) <= within * abs(b).max(axis)).all())
 
 
 def _check_depends(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray) -> None:
     """Refuse a function whose gradient is zero both at the given parameters and at perturbed ones."""
-    import jax
-    import jax.numpy as jnp
-
     rng = np.random.default_rng(0)
-    constants, inputs = _on_device(fixed), jnp.asarray(x)
     for at in (theta, {key: _perturbed(w, rng) for key, w in theta.items()}):
         try:
-            outputs, pull = jax.vjp(lambda theta: forward({**constants, **theta}, inputs), _on_device(at))
-            (gradients,) = pull(jnp.asarray(rng.choice([-1.0, 1.0], outputs.shape), outputs.dtype))
-        except Exception as error:  # loops of unknown length, or operations without a derivative
+            found = _plain_gradient(forward, at, fixed, x)
+        except Exception as error:  # an operation may have no derivative at these values
             raise BadInput(f"f cannot be differentiated: {summary(error)}") from error
-        if any(np.asarray(g).any() for g in gradients.values()):
+        if found.any():
             return
     raise BadInput(
         "no output of f depends on an array of real numbers in params: is there a stop_gradient around them?"
     )
+
+
+def _plain_gradient(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray) -> np.ndarray:
+    """The gradient ``[P]`` of the outputs' sum with random signs, by plain ``jax.vjp``, in float64."""
+    import jax
+    import jax.numpy as jnp
+
+    constants, inputs = _on_device(fixed), jnp.asarray(x)
+    outputs, pull = jax.vjp(lambda theta: forward({**constants, **theta}, inputs), _on_device(theta))
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], outputs.shape)
+    (gradients,) = pull(jnp.asarray(signs, outputs.dtype))
+    return np.concatenate([np.asarray(g, "float64").reshape(-1) for g in gradients.values()])
+
+
+def _difference(own: str, other: str, forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray) -> float:
+    """The relative difference of a function's gradients in two precisions; 0 if that of the first is not finite.
+
+    A function may be another one in another precision: ``jax.random`` then draws other numbers from the same key.
+    """
+    if own == other:
+        return 0.0
+    gradients = []
+    for dtype in (own, other):
+        with own_jax_settings(dtype):
+            arrays = _cast(theta, dtype), _cast(fixed, dtype), _cast({"x": x}, dtype)["x"]
+            gradients.append(_plain_gradient(forward, *arrays))
+    expected, found = gradients
+    if not np.isfinite(expected).all():
+        return 0.0
+    return ratio(float(np.linalg.norm(found - expected)), float(np.linalg.norm(expected)))
+
+
+def _check_same_in(own: str, dtype: str, forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray) -> None:
+    """Refuse a function that is another one in ``dtype`` than in the precision of its parameters.
+
+    Raises:
+        BadInput: its gradients differ by more than rounding, which may be large in a bfloat16 network.
+    """
+    try:
+        off = _difference(own, dtype, forward, theta, fixed, x[_spread(len(x), TOGETHER)])
+    except Exception:  # f may run only in ``dtype``, or accept no other number of samples
+        return
+    if off > PLAIN:
+        raise BadInput(
+            f"f is another function in {dtype} than in {own}, the precision of its parameters: gradients differ by "
+            f"{off:.1e} of their norm (are random numbers drawn in it?); give parameters in {dtype} if it is meant"
+        )
 
 
 def _interact(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray, shape: tuple[int, ...]) -> bool:
@@ -578,14 +697,18 @@ def _interact(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray
     if len(x) == 1:
         return False
     few, own = x[_spread(len(x), TOGETHER)], next(iter(theta.values())).dtype.name
-    for inputs, dtype in ((few, "float64"), (x, "float64"), (x, own)):
+    failed: Exception | None = None
+    for inputs, dtype in ((few, "float64"), (few, own), (x, "float64"), (x, own)):
         try:
+            if not _difference(own, dtype, forward, theta, fixed, inputs) <= tolerance(EPSILON):
+                continue
             with own_jax_settings(dtype):
                 arrays = _cast(theta, dtype), _cast(fixed, dtype), _cast({"x": inputs}, dtype)["x"]
                 return _gradients_differ(forward, *arrays, int(np.prod(shape[1:])))
         except Exception as error:  # f may accept no other number of samples, or no other precision
             failed = error
-    raise BadInput(f"f cannot be differentiated: {summary(failed)}")
+    assert failed is not None  # the last precision is that of the function itself
+    raise BadInput(f"f cannot be differentiated: {summary(failed)}") from failed
 
 
 def _gradients_differ(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray, outputs: int) -> bool:

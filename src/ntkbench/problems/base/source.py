@@ -239,8 +239,16 @@ class JaxSource(Source):
             check_collections(self.problem, params)
 
     def target(self, device: str | torch.device | None) -> tuple[Target, int | None]:
+        from ntkbench.operators.jax import place
+        from ntkbench.problems.base.function import FlatFunction
+
         own = str(self.problem.theta_0[next(iter(self.problem.theta_0))].dtype)
-        return Target("jax", self._dtype or own, "auto" if device is None else str(device)), None
+        target = Target("jax", self._dtype or own, "auto" if device is None else str(device))
+        assert isinstance(self.problem.jax_forward, FlatFunction)
+        if others := self.problem.jax_forward.devices - {place(target)}:
+            said = ", ".join(sorted(map(str, others)))
+            raise BadInput(f"f closes over arrays on {said}, and is computed on {place(target)}: move them there")
+        return target, None
 
     def columns(self, problem: Problem, inputs: Any) -> tuple[Problem, Any]:
         from ntkbench.problems.base import function
