@@ -86,6 +86,8 @@ def test_a_factory_is_a_problem_of_the_grid(mine, name):
     found = method.estimate(method.prepare(problem, Target("torch", "float32", "cpu")), "trace")
     assert found.value == pytest.approx(4 * 2 * (3 + 1))
     assert config({name: f"{MINE}:make"}, name).factories, "once is enough"
+    with pytest.raises(BadInput, match=rf"{name} has no sizes; allowed: '{name}' alone"):
+        problems.load(f"{name}[N=3]")
 
 
 @pytest.mark.slow

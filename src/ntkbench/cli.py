@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,11 @@ class OneLine(click.Group):
             sys.exit(error.exit_code)
         except click.Abort:
             click.echo("ntkbench: interrupted", err=True)
+            sys.exit(1)
+        except OSError as error:  # such as a full disk behind standard output; click ends quietly at a closed pipe
+            click.echo(f"ntkbench: {errors.summary(error)}", err=True)
+            with suppress(OSError, ValueError):  # else Python tries again to write what is left, and says so
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
 
 

@@ -243,7 +243,7 @@ class _Search:
             return None
         rtol = options.rtol
         if rtol is not None and not isinstance(step, Stochastic) and not _reached(found, rtol, options.confidence):
-            self.remarks.append(rounding_note(rtol))
+            self.remarks.append(rounding_note(rtol, self._target.dtype))
         if name in SIDES:
             self.remarks.insert(0, _side(self._problem, name))
         return Estimates({key: self._noted(each) for key, each in found.items()})
@@ -706,4 +706,4 @@ def _computed(
     for metric, estimate in found.items():
         if not math.isfinite(estimate.value):
             raise BadInput(f"the {metric} by {method.name} is {estimate.value}: gradients are not finite, or overflow")
-    return found
+    return {metric: replace(estimate, confidence=options.confidence) for metric, estimate in found.items()}

@@ -68,8 +68,9 @@ def describe(factory: str, folder: str, output: str) -> None:
     """Write what a factory's rows depend on, as JSON, or an ``error``.
 
     ``files`` are files with their digests, ``contents`` is a hash of all tensors, and ``computes`` has a few rounded
-    numbers of what the network computes from them. Call it in a process of its own. The files are those of the factory's module and of all that this process has
-    imported, except from ntkbench, the standard library and installed packages.
+    numbers of what the network computes from them. Call it in a process of its own. The files are those of the
+    factory's module and of all that this process has imported, except from ntkbench, the standard library and
+    installed packages.
 
     Args:
         factory, folder: as in :func:`definition`.
@@ -132,9 +133,9 @@ def _projected(problem: Problem, dtype: str, size: int) -> list[float]:
             v = torch.arange(outputs[-1].numel()).add(1 + sum(map(len, outputs[:-1]))).double().cos()
             gradients.append(flat(plain.gradient(part.clone(), v.to(real))).double())
     found = []
-    for values in (torch.cat(outputs), sum(gradients)):
-        total = float(values.abs().sum())
-        along = float(values @ torch.arange(1, len(values) + 1).double().cos())
+    for entries in (torch.cat(outputs), sum(gradients)):
+        total = float(entries.abs().sum())
+        along = float(entries @ torch.arange(1, len(entries) + 1).double().cos())
         found += [float(f"{total:.{digits}e}"), round(along / (total or 1.0), digits)]
     return found
 
