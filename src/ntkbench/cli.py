@@ -507,10 +507,12 @@ def report(results: tuple[Path, ...], output: Path | None, alone: bool) -> None:
 def _report(tables: Sequence[Path], title: str, folder: Path, output: Path, *, links: bool = True) -> None:
     """Draw figures into a folder, write the report, and print the outcome of each figure."""
     from ntkbench import figures
-    from ntkbench.figures.plotting import claims
+    from ntkbench.figures.plotting import claims, files
     from ntkbench.figures.plotting import report as reports
 
     with _one_line():
+        for table in tables:  # before anything is drawn
+            files.read(table)
         made = figures.draw_all(figures.of_tables(tables), folder)
         judged = folder / f"{claims.NAME}.png"
         pictures = [folder / f"{name}.png" for name in made] + [judged] * judged.exists()
