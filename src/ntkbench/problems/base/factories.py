@@ -126,14 +126,15 @@ def _projected(problem: Problem, dtype: str, size: int) -> list[float]:
         net = cast(copied(problem.network), real)
         theta = {key: w.detach().clone() for key, w in net.named_parameters() if key in problem.theta_0}
         plain, x = PlainNetwork(net, theta, owned=True), torch.from_numpy(problem.x)
-        outputs, gradients = [], []
+        outputs: list[torch.Tensor] = []
+        gradient = torch.zeros(sum(w.numel() for w in theta.values()), dtype=torch.float64)
         for part in (x.to(real) if x.is_floating_point() else x).split(size):
             with torch.no_grad():
                 outputs.append(called(net, part.clone()).double().reshape(-1))
             v = torch.arange(outputs[-1].numel()).add(1 + sum(map(len, outputs[:-1]))).double().cos()
-            gradients.append(flat(plain.gradient(part.clone(), v.to(real))).double())
+            gradient += flat(plain.gradient(part.clone(), v.to(real)))
     found = []
-    for entries in (torch.cat(outputs), sum(gradients)):
+    for entries in (torch.cat(outputs), gradient):
         total = float(entries.abs().sum())
         along = float(entries @ torch.arange(1, len(entries) + 1).double().cos())
         found += [float(f"{total:.{digits}e}"), round(along / (total or 1.0), digits)]
