@@ -24,7 +24,7 @@ from snakemake.utils import min_version
 
 from ntkbench import errors, paths, studies
 from ntkbench.figures.plotting import labels
-from ntkbench.measure import cells, config as configuration, fingerprints, progress
+from ntkbench.measure import cells, config as configuration, fingerprints, progress, shard
 from ntkbench.run import Run
 
 min_version("9.0")
@@ -68,7 +68,11 @@ def read(name):
         here = workflow.resource_settings.nodes is None and not workflow.remote_exec
         # Read again, since Snakemake's own reader loses duplicate keys and line numbers.
         overrides = workflow.config_settings.config
-        return Run(configuration.Config.of_run(GIVEN, overrides, here, ROOT / "config" / name))
+        made = Run(configuration.Config.of_run(GIVEN, overrides, here, ROOT / "config" / name))
+        if made.config.source == "measured" and not (said.dryrun or workflow.remote_exec):
+            for file in shard.discard_damaged(made.config, made.results):
+                print(f"ntkbench: {file} is not what its journal says, so it is made again", file=sys.stderr)
+        return made
 
 
 RUN = read("default.yaml")

@@ -1,5 +1,9 @@
 """The ``ntkbench`` command: bad usage is one line, and networks of users are measured."""
 
+import os
+import subprocess
+import sys
+
 import click
 import pytest
 from click.testing import CliRunner
@@ -103,6 +107,7 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("networks")
     (made / "their_networks.py").write_text(NETWORKS)
     (made / "broken_networks.py").write_text("import no_such_package_of_a_test\n")
+    (made / "empty_networks.py").write_text("")
     (made / "failing_networks.py").write_text("1 / 0\n")
     return made
 
@@ -122,6 +127,7 @@ def here(folder, monkeypatch):
         (["broken_networks:make"], "cannot be imported: ModuleNotFoundError: No module named 'no_such_package_of_a_"),
         (["failing_networks:make"], "failing_networks cannot be imported: ZeroDivisionError: division by zero"),
         (["their_networks:mak"], "unknown function of their_networks 'mak'"),
+        (["empty_networks:make"], "unknown function of empty_networks 'make'; there is none"),
         (["their_networks:value"], "their_networks:value is of type int, not a function"),
         (["their_networks:fails"], "their_networks:fails failed: ZeroDivisionError: of a test"),
         (["their_networks:leaves"], "their_networks:leaves failed: SystemExit: 3"),
@@ -169,9 +175,25 @@ def test_measure_prints_the_estimate_with_its_interval_and_notes(here):
     assert run("their_networks:make", *other).startswith("alignment = ")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
+def test_output_that_cannot_be_written_is_one_line(here):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        command = [sys.executable, "-m", "ntkbench", "list", "--kind", "approximate"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "ntkbench: OSError: [Errno 28] No space left on device\n"
+
+
 def test_output_of_a_factory_goes_to_stderr(here):
     found = CliRunner().invoke(main, ["measure", "their_networks:talks"])
     assert found.stdout.startswith("trace = ") and found.stderr == "from a factory\n"
+
+
+def test_recommend_says_if_rounding_exceeds_the_tolerance(here):
+    found = CliRunner().invoke(main, ["recommend", "their_networks:make", "--rtol", "1e-30", "--dtype", "float64"])
+    assert "\nrounding may exceed rtol=1e-30: no precision is as accurate\n" in found.stdout
+    found = CliRunner().invoke(main, ["recommend", "their_networks:make", "--rtol", "1e-9"])
+    assert "\nrounding may exceed rtol=1e-09: choose dtype='float64'\n" in found.stdout
 
 
 def test_recommend_prints_a_table_and_the_line_to_run(here):

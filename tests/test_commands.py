@@ -5,12 +5,14 @@ import re
 import sys
 
 import click
+import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
 
 from ntkbench import BadInput, figures, paths
 from ntkbench.cli import main
+from ntkbench.figures.plotting import files
 from ntkbench.measure import cells, fingerprints, glance, view
 from ntkbench.measure.config import Config
 
@@ -213,6 +215,36 @@ def test_a_report_that_cannot_be_written_is_refused_before_a_figure_is_drawn(tmp
     found = CliRunner().invoke(main, ["report", str(tmp_path), *(["--output", str(output)] if page else [])])
     assert found.exit_code == 1 and len(found.output.splitlines()) == 1, found.output
     assert f"{output.parent / 'figures'} cannot be written: " in found.output
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (
+            "table.csv",
+            lambda t: pd.concat([t, t]),
+            "row 4: problem, method, backend, metric, passes: the same as in row 1",
+        ),
+        ("table.csv", lambda t: pd.concat([t, t[2:].assign(seconds=9.0)]), "the same as in row 3; allowed: each cell"),
+        ("table.csv", lambda t: t.assign(seconds=[1.0, -1.0, 1.0]), "row 2: seconds: -1; allowed: finite numbers"),
+        ("table.csv", lambda t: t.assign(seconds_q75=[1.0, 1.0, np.inf]), "row 3: seconds_q75: inf; allowed: finite"),
+        ("table.csv", lambda t: t.assign(error=-0.5), "row 1: error: -0.5; allowed: finite numbers"),
+        ("table.csv", lambda t: t.assign(status="fine"), "row 1: status: 'fine'; allowed: ok, skipped, failed,"),
+        ("studies/novak_flops.csv", lambda t: pd.concat([t, t[1:2]]), "the same as in row 2; allowed: each row once"),
+        ("studies/novak_flops.csv", lambda t: t.assign(status=None), "row 1: status: 'nan'; allowed: ok"),
+    ],
+)
+def test_a_report_refuses_rows_that_no_measurement_gives(tmp_path, monkeypatch, name, change, said):
+    monkeypatch.setattr(figures, "draw_all", lambda *_: pytest.fail("figures are drawn"))
+    source = paths.REFERENCE / "default" / name
+    table = pd.read_csv(source, low_memory=False).query("status == 'ok'")[:3]
+    (tmp_path / "studies").mkdir()
+    table.to_csv(tmp_path / name, index=False)
+    pd.testing.assert_frame_equal(files.read(tmp_path / name), pd.read_csv(tmp_path / name))
+    change(table).to_csv(tmp_path / name, index=False)
+    found = CliRunner().invoke(main, ["report", str(tmp_path)])
+    assert found.exit_code == 1 and len(found.output.splitlines()) == 1, found.output
+    assert found.output.startswith(f"ntkbench: {tmp_path / name}: row ") and said in found.output
 
 
 def test_a_folder_without_tables_has_no_report(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import ntkbench
 from ntkbench.errors import BadInput
 from ntkbench.estimate import RANGES, Estimate, Estimates, rounding_bound
 from ntkbench.metrics import Moments
@@ -180,6 +181,34 @@ def test_invalid_confidence_levels_are_refused(confidence):
             what(confidence)
     with pytest.raises(BadInput, match=r"^confidence must be "):
         Options(confidence=confidence)
+
+
+def test_the_interval_of_the_requested_level_is_printed():
+    surer = dataclasses.replace(E, confidence=0.99)
+    assert surer.interval() == E.interval(0.99) != E.interval() == surer.interval(0.95)
+    low, high = surer.interval()
+    assert str(surer) == f"12.5, 99 % in [{low:.6g}, {high:.6g}] (hutchinson, 64 passes)"
+    head, row, *_ = repr(Estimates(trace=surer)).splitlines()
+    assert "99 % interval" in head and f"12.5   [{low:.6g}, {high:.6g}]" in row
+    assert Estimate.from_json(surer.to_json()) == surer
+    e = dataclasses.replace(aligned(2.5e-10, 1e-11), confidence=0.5)
+    assert "50 % within" in str(e) and "1 - alignment = 2.5e-10, 50 % in [" in str(e)
+
+
+def test_a_requested_level_reaches_the_estimate():
+    for more in ({}, {"rtol": 0.5}, {"method": "hutchinson", "passes": 20}):
+        found = ntkbench.norm(torch.nn.Linear(3, 2), torch.ones(4, 3), confidence=0.8, **more)
+        assert found.confidence == 0.8, more
+    assert "80 % in [" in str(found)
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("float32", "choose dtype='float64'"), ("float64", "no precision is as")])
+@pytest.mark.parametrize("method", ["auto", "hutchinson"])
+def test_notes_on_rounding_know_the_precision(method, dtype, said):
+    tight = {"float32": 1e-8, "float64": 1e-300}[dtype]
+    model, x = torch.nn.Linear(1, 1, bias=False), torch.ones(1, 1)  # probes agree
+    found = ntkbench.trace(model, x, rtol=tight, dtype=dtype, method=method)
+    assert any(f"rounding may exceed rtol={tight:g}: {said}" in note for note in found.notes), found.notes
 
 
 def test_one_minus_alignment_is_shown_near_one():

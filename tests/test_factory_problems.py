@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -11,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import ntkbench
 from ntkbench import factory, methods, outside, problems, registry
 from ntkbench.errors import BadInput, NtkbenchError
 from ntkbench.measure import fingerprints
 from ntkbench.measure.cells import cells
 from ntkbench.measure.config import Config
 from ntkbench.options import Target
-from ntkbench.problems.base import factories
+from ntkbench.problems.base import factories, problem, reference
 
 MODULE = """
 import torch
@@ -84,6 +86,8 @@ def test_a_factory_is_a_problem_of_the_grid(mine, name):
     found = method.estimate(method.prepare(problem, Target("torch", "float32", "cpu")), "trace")
     assert found.value == pytest.approx(4 * 2 * (3 + 1))
     assert config({name: f"{MINE}:make"}, name).factories, "once is enough"
+    with pytest.raises(BadInput, match=rf"{name} has no sizes; allowed: '{name}' alone"):
+        problems.load(f"{name}[N=3]")
 
 
 @pytest.mark.slow
@@ -171,6 +175,87 @@ def test_a_network_that_changes_during_a_run_is_refused(checkpoint, name):
             file.write_bytes(data)
 
 
+ACTIVATED = """
+import json
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    with open("settings.json") as file:  # in the module's folder
+        chosen = json.load(file)
+    first = nn.Linear(1, 8).requires_grad_(chosen["first"])
+    x = torch.linspace(0.0, 60.0, 130).reshape(-1, 1)
+    return nn.Sequential(first, getattr(nn, chosen["activation"])(), nn.Linear(8, 2)), x
+"""
+
+
+def test_what_a_network_computes_is_part_of_its_identity(mine, tmp_path, monkeypatch):
+    """ReLU and ReLU6 are equal on the first samples, and no tensor differs."""
+    (mine / f"{MINE}.py").write_text(ACTIVATED)
+    monkeypatch.chdir(tmp_path)
+
+    def made(**settings):
+        (mine / "settings.json").write_text(json.dumps({"first": True, "activation": "ReLU"} | settings))
+        return factories._made(f"{MINE}:make", str(mine))[1]
+
+    known = {"files": {}, **made()}
+    assert {"files": {}, **made()} == known
+    for changed in ({"activation": "ReLU6"}, {"activation": "Tanh"}, {"first": False}):
+        assert made(**changed) != {key: known[key] for key in ("contents", "computes")}, changed
+        with pytest.raises(NtkbenchError, match=r"than when the configuration was read"):
+            factories.definition(f"{MINE}:make", str(mine), known)
+    made()
+    assert factories.definition(f"{MINE}:make", str(mine), known).identity
+
+
+def test_rounding_changes_neither_rows_nor_the_network(mine):
+    known = factories._made(f"{MINE}:make", str(mine))[1]["computes"]
+    noisy = {dtype: [number * (1 + 1e-12) for number in numbers] for dtype, numbers in known.items()}
+    assert not factories._differ(noisy, known)
+    other = {dtype: [number * (1 + 1e-3) for number in numbers] for dtype, numbers in known.items()}
+    assert factories._differ(other, known)
+
+
+UNUSUAL = """
+import torch
+from torch import nn
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.scale = nn.Linear(3, 2), torch.full((2,), 2.0)  # no buffer
+
+    def forward(self, x):
+        return self.scale * self.linear(x)
+
+def scaled():
+    return Scaled(), torch.ones(4, 3)
+
+def half():
+    return nn.Linear(3, 2).to(getattr(torch, "bfloat16")), torch.ones(4, 3)
+
+def mixed():
+    return nn.Sequential(nn.Linear(3, 2).double(), nn.Linear(2, 2)), torch.ones(4, 3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "P", "dtype"), [("scaled", 8, "float32"), ("half", 8, "float32"), ("mixed", 14, "float64")]
+)
+def test_networks_that_the_library_measures_can_be_problems(mine, monkeypatch, kind, P, dtype):
+    (mine / f"{MINE}.py").write_text(UNUSUAL)
+    torch.manual_seed(0)
+    found, _ = factories._made(f"{MINE}:{kind}", str(mine))
+    monkeypatch.setitem(problems.base.REGISTRY, f"unusual_{kind}", problem(lambda: found))
+    made = problems.load(f"unusual_{kind}")
+    assert (made.output_shape, made.P) == ((4, 2), P)
+    assert {w.dtype.name for w in made.theta_0.values()} == {dtype}
+    exact = reference.compute(made)["metrics"]["trace"]
+    assert exact == pytest.approx(float(ntkbench.trace(made.module.double(), torch.ones(4, 3).double())))
+
+
 def test_a_random_network_without_a_seed_is_refused(mine, name):
     (mine / f"{MINE}.py").write_text(MODULE.replace("torch.manual_seed(0)", "torch.seed()"))
     config({name: f"{MINE}:make"}, name)
@@ -182,10 +267,10 @@ def test_a_random_network_without_a_seed_is_refused(mine, name):
     ("factories", "said"),
     [
         ({"digits_mlp": f"{MINE}:make"}, "digits_mlp is already a problem; choose another name"),
-        ({"not a name": f"{MINE}:make"}, "'not a name' is not a valid problem name"),
-        ({"class": f"{MINE}:make"}, "'class' is not a valid problem name"),
-        ({"never_made": MINE}, "a factory is named module:function"),
-        ({"never_made": "no_such_module_here:make"}, "there is no module 'no_such_module_here'"),
+        ({"not a name": f"{MINE}:make"}, "not a name: not a valid problem name"),
+        ({"class": f"{MINE}:make"}, "class: not a valid problem name"),
+        ({"never_made": MINE}, "never_made: a factory is named module:function"),
+        ({"never_made": "no_such_module_here:make"}, "never_made: there is no module 'no_such_module_here'"),
     ],
 )
 def test_bad_factories_are_named_in_one_line(mine, factories, said):

@@ -34,6 +34,7 @@ def measured(tmp_path, monkeypatch):
         shard.measure(config, 0, tmp_path / "problems.json", output, tmp_path / "logs" / "cases.log")
         return calls, read(output).set_index("metric")
 
+    measure.config = config
     return measure
 
 
@@ -42,6 +43,41 @@ def test_rows_are_measured_once(measured):
     assert calls == ["trace", "norm"] and (rows["status"] == "ok").all() and (rows["value"] == 3).all()
     again, same = measured(lambda cell: None)
     assert not again and same.equals(rows)
+
+
+DAMAGES = {
+    "an edited value": lambda csv, journal: csv.write_text(csv.read_text().replace(",3.0,", ",4.0,", 1)),
+    "an edited status": lambda csv, journal: csv.write_text(csv.read_text().replace(",ok,", ",failed,", 1)),
+    "a missing row": lambda csv, journal: csv.write_text("".join(csv.read_text().splitlines(True)[:-1])),
+    "a cut row": lambda csv, journal: csv.write_text(csv.read_text()[:-60]),
+    "a row twice": lambda csv, journal: csv.write_text(csv.read_text() + csv.read_text().splitlines(True)[-1]),
+    "no table": lambda csv, journal: csv.write_bytes(b"\x00\xff"),
+    "an empty file": lambda csv, journal: csv.write_text(""),
+    "an edited journal": lambda csv, journal: journal.write_text(journal.read_text().replace("3.0", "4.0")),
+    "no journal": lambda csv, journal: journal.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_table_that_is_not_what_the_journal_says_is_made_again(measured, tmp_path, damage):
+    _, rows = measured(lambda cell: None)
+    csv, journal = tmp_path / "shards" / "shard-0.csv", tmp_path / "shards" / "shard-0.journal"
+    assert shard.discard_damaged(measured.config, tmp_path) == [] and csv.exists()
+    DAMAGES[damage](csv, journal)
+    assert shard.discard_damaged(measured.config, tmp_path) == [csv] and not csv.exists()
+    left = [cell.metric for cell in shard.pending(measured.config, tmp_path)]
+    assert left == (["trace", "norm"] if "journal" in damage else [])
+    again, same = measured(lambda cell: None)
+    assert again == left and (same["value"] == rows["value"]).all()
+    assert shard.discard_damaged(measured.config, tmp_path) == []
+
+
+def test_rows_that_no_journal_keeps_are_no_damage(measured, tmp_path, monkeypatch):
+    failed = {"status": "failed", "reason": "no data", "N": None}
+    monkeypatch.setattr(shard.facts, "read", lambda config, labels, file: dict.fromkeys(labels, failed))
+    calls, rows = measured(lambda cell: None)
+    assert not calls and set(rows["status"]) == {"failed"}
+    assert shard.discard_damaged(measured.config, tmp_path) == []
 
 
 def test_a_row_whose_sources_are_edited_while_it_is_measured_fails_and_is_repeated(measured, monkeypatch):

@@ -146,6 +146,7 @@ def test_a_method_leads_only_where_that_is_certain(spectral):
     assert spectra_figure.most_accurate(given)["top"] == "ARPACK (SciPy)"
     other = pd.concat([given, given.assign(problem="other", error=0.01, error_q25=0.005, error_q75=0.02)])
     assert "top" not in spectra_figure.most_accurate(other), "not on the other problem"
+    assert not spectra_figure.most_accurate(given[best]), "without a rival"
 
 
 # --- solves
@@ -201,6 +202,9 @@ def test_the_figure_of_solutions_names_the_fastest(solved, tmp_path):
         "Use the factor wherever Θ fits: it is faster with 95 % certainty in 4 of 4"
         in (tmp_path / "solves.txt").read_text()
     )
+    for alone, title in (({"cholesky"}, {""}), ({"plain"}, {""}), ({"plain", "scipy"}, {"CG without preconditioner"})):
+        found = solves_figure.fastest(slow[slow["method"].isin(alone)])
+        assert set(found["winner"]) == {""} and set(found["title"]) == title, "the other was not measured"
     both = slow.assign(residual=1.0)
     assert not len(solves_figure.fastest(both)), "no case that any of them reached"
 

@@ -274,6 +274,8 @@ def test_a_family_wins_only_with_certainty(factor, winner):
     for by in figure.MARKERS:
         assert row[f"winner_in_{by}"] == winner
         assert (0.05 < row[f"chance_of_exact_in_{by}"] < 0.95) == (winner == "")
+    alone = figure._costs(points[points["family"] == "exact"]).iloc[0]
+    assert [alone[f"winner_in_{by}"] for by in figure.MARKERS] == [""] * 2, "without a rival"
 
 
 @pytest.mark.parametrize("metric", ["trace", "norm"])

@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,11 @@ class OneLine(click.Group):
             sys.exit(error.exit_code)
         except click.Abort:
             click.echo("ntkbench: interrupted", err=True)
+            sys.exit(1)
+        except OSError as error:  # such as a full disk behind standard output; click ends quietly at a closed pipe
+            click.echo(f"ntkbench: {errors.summary(error)}", err=True)
+            with suppress(OSError, ValueError):  # else Python tries again to write what is left, and says so
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
 
 
@@ -502,10 +507,12 @@ def report(results: tuple[Path, ...], output: Path | None, alone: bool) -> None:
 def _report(tables: Sequence[Path], title: str, folder: Path, output: Path, *, links: bool = True) -> None:
     """Draw figures into a folder, write the report, and print the outcome of each figure."""
     from ntkbench import figures
-    from ntkbench.figures.plotting import claims
+    from ntkbench.figures.plotting import claims, files
     from ntkbench.figures.plotting import report as reports
 
     with _one_line():
+        for table in tables:  # before anything is drawn
+            files.read(table)
         made = figures.draw_all(figures.of_tables(tables), folder)
         judged = folder / f"{claims.NAME}.png"
         pictures = [folder / f"{name}.png" for name in made] + [judged] * judged.exists()

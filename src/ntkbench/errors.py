@@ -58,7 +58,8 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> BadInput:
     names = sorted(allowed)
     close = difflib.get_close_matches(str(value), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return BadInput(f"unknown {kind} {value!r}{hint}; allowed: {', '.join(names)}")
+    choices = f"allowed: {', '.join(names)}" if names else "there is none"
+    return BadInput(f"unknown {kind} {value!r}{hint}; {choices}")
 
 
 def missing(module: str, what: str, install: str) -> Missing:

@@ -86,9 +86,10 @@ def rounding_bound(metric: str, epsilon: float, terms: int, certificate: float |
     return moments * (epsilon * (STEPS + math.sqrt(terms)) + SAFETY * (certificate or 0.0))
 
 
-def rounding_note(rtol: float) -> str:
-    """A note on an estimate whose rounding may exceed a tolerance."""
-    return f"rounding may exceed rtol={rtol:g}: choose dtype='float64'"
+def rounding_note(rtol: float, dtype: str) -> str:
+    """A note on an estimate whose rounding in a precision may exceed a tolerance."""
+    advice = "no precision is as accurate" if dtype == "float64" else "choose dtype='float64'"
+    return f"rounding may exceed rtol={rtol:g}: {advice}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -126,6 +127,8 @@ class Estimate:
         logarithmic: whether errors are symmetric in the logarithm for any metric, as those of an alignment with y y^T,
             in which only the norm has a standard error.
         kernel: the matrix that the metric is of: Theta, or an approximation such as pNTK ⊗ I_O.
+        confidence: the confidence level that was asked for: that of the printed interval, and of :meth:`interval`
+            unless it is given another.
     """
 
     value: float
@@ -140,6 +143,7 @@ class Estimate:
     rounding: float | None = None
     logarithmic: bool = False
     kernel: str = THETA
+    confidence: float = 0.95
 
     @classmethod
     def of_moments(
@@ -185,7 +189,7 @@ class Estimate:
                 object.__setattr__(self, "notes", (*self.notes, note))
             object.__setattr__(self, "value", value)
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+    def interval(self, confidence: float | None = None) -> tuple[float, float]:
         """Confidence interval for the exact value, widened by ``rounding``; a point if no error is known.
 
         It is value +- t * standard_error, with the quantile t of Student's distribution for the degrees of freedom, on
@@ -226,7 +230,7 @@ class Estimate:
         reach = self.rounding * (1.0 if self.metric == "alignment" else abs(self.value))
         return low - reach, high + reach
 
-    def complement_interval(self, confidence: float = 0.95) -> tuple[float, float]:
+    def complement_interval(self, confidence: float | None = None) -> tuple[float, float]:
         """Confidence interval for 1 - alignment: that of :meth:`interval`, without cancellation near 0.
 
         Near 0 the scale, atanh of the alignment, is that of the logarithm of 1 - alignment. Rounding changes the angle
@@ -251,8 +255,9 @@ class Estimate:
         low, high = _turned(low, -(self.rounding or 0.0)), _turned(high, self.rounding or 0.0)
         return min(low, c), max(min(high, 1.0), c)
 
-    def _reach(self, confidence: float) -> float:
+    def _reach(self, confidence: float | None) -> float:
         """Half the width of the interval on the scale of the value; infinite if the standard error is unknown."""
+        confidence = self.confidence if confidence is None else confidence
         check_confidence(confidence)
         if not self.standard_error:
             return 0.0
@@ -260,13 +265,13 @@ class Estimate:
             return math.inf
         return float(stdtrit(self.degrees, 0.5 + confidence / 2)) * self.standard_error
 
-    def covers(self, exact: float, dtype: str, confidence: float = 0.95) -> bool:
+    def covers(self, exact: float, dtype: str, confidence: float | None = None) -> bool:
         """Whether the interval covers the exact value, up to rounding in ``dtype``."""
         rounding = ROUNDING * float(np.finfo(dtype).eps) * abs(exact)
         low, high = self.interval(confidence)
         return low - rounding <= exact <= high + rounding
 
-    def relative_width(self, confidence: float = 0.95) -> float:
+    def relative_width(self, confidence: float | None = None) -> float:
         """The larger distance from the value to an end of the interval, relative to the value."""
         low, high = self.interval(confidence)
         reach = max(self.value - low, high - self.value)
@@ -392,7 +397,7 @@ class Estimate:
 
     def _spread(self) -> str:
         """The interval in words; empty for a value without a standard error, or with one of 0."""
-        return _words(self.value, *self.interval()) if self.standard_error else ""
+        return _words(self.value, *self.interval(), self.confidence) if self.standard_error else ""
 
     def _rounding(self) -> str:
         """The largest expected rounding error in words, absolute; empty if it is not known."""
@@ -406,17 +411,23 @@ class Estimate:
         """1 - alignment in words if the alignment is close to 1, else empty."""
         if self.complement is None or self.value < NEAR_ONE:
             return ""
-        error = _words(self.complement, *self.complement_interval()) if self.standard_error else ""
+        error = ""
+        if self.standard_error:
+            error = _words(self.complement, *self.complement_interval(), self.confidence)
         return ", ".join(filter(None, (f"1 - alignment = {self.complement:.3g}", error)))
 
 
-def _words(value: float, low: float, high: float) -> str:
-    """An interval in words, or the larger distance of its ends from the value if both ends print alike."""
+def _words(value: float, low: float, high: float, confidence: float) -> str:
+    """An interval and its level in words, or the larger distance of its ends from the value if both print alike."""
     if math.isinf(low):
         return "error unknown"
     if f"{low:.6g}" == f"{high:.6g}":
-        return f"95 % within {max(value - low, high - value):.1e}"
-    return f"95 % in [{low:.6g}, {high:.6g}]"
+        return f"{_level(confidence)} within {max(value - low, high - value):.1e}"
+    return f"{_level(confidence)} in [{low:.6g}, {high:.6g}]"
+
+
+def _level(confidence: float) -> str:
+    return f"{100 * confidence:.6g} %"
 
 
 def _turned(complement: float, angle: float) -> float:
@@ -430,8 +441,8 @@ class Estimates(dict[str, Estimate]):
 
     def __repr__(self) -> str:
         rows = [_cells(e) for e in self.values()]
-        table = [HEADER, *rows]
-        widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
+        table = [_header(self.values()), *rows]
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
         ]
@@ -441,14 +452,17 @@ class Estimates(dict[str, Estimate]):
         return _html(self.values())
 
 
-HEADER = ("metric", "value", "95 % interval", "passes", "method", "certificate")
+def _header(estimates: Iterable[Estimate]) -> tuple[str, ...]:
+    """Names of a table's columns, with the level of its intervals; estimates of one call share it."""
+    level = " / ".join(dict.fromkeys(_level(e.confidence) for e in estimates)) or "95 %"
+    return "metric", "value", f"{level} interval", "passes", "method", "certificate"
 
 
 def _cells(e: Estimate) -> tuple[str, ...]:
     """A row of a table."""
     passes = "" if e.passes is None else f"{e.passes:g}"
     certificate = "" if e.certificate is None else f"{e.certificate:.1e}"
-    interval = e._spread().removeprefix("95 % in ").removeprefix("95 % ") or e._rounding() or "-"
+    interval = e._spread().removeprefix(f"{_level(e.confidence)} ").removeprefix("in ") or e._rounding() or "-"
     return e._of(), f"{e.value:.6g}", interval, passes, e.method, certificate
 
 
@@ -459,7 +473,7 @@ def _all_notes(estimates: Iterable[Estimate]) -> list[str]:
 
 def _html(estimates: Collection[Estimate]) -> str:
     row = lambda cells, tag: f"<tr>{''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in cells)}</tr>"  # noqa: E731
-    body = "".join([row(HEADER, "th"), *(row(_cells(e), "td") for e in estimates)])
+    body = "".join([row(_header(estimates), "th"), *(row(_cells(e), "td") for e in estimates)])
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in _all_notes(estimates))
     return f"<table>{body}</table>" + (f"<ul>{notes}</ul>" if notes else "")
 

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ def make(name: str, folder: str | None = None) -> Made:
 
     Args:
         name: ``module:function``, with a module of the folder or an installed one.
-        folder: folder of the module; the current one if not given.
+        folder: folder of the module, which is the current one while the function runs; the current one if not given.
 
     Raises:
         BadInput: there is no such function, or it fails, or it returns something else; says what.
@@ -62,7 +62,7 @@ def make(name: str, folder: str | None = None) -> Made:
     here = os.getcwd() if folder is None else folder
     _search(here)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with _inside(here):
             module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
@@ -79,7 +79,7 @@ def make(name: str, folder: str | None = None) -> Made:
     if not callable(function):
         raise BadInput(f"{name} is of type {type(function).__name__}, not a function")
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with _inside(here):
             made = function()
     except KeyboardInterrupt:
         raise
@@ -99,18 +99,21 @@ def as_problems(factories: Mapping[str, str]) -> None:
     """Register factories as problems under given names, in this process and in those that it starts.
 
     Their networks stay untrained. Each function is called once, in a process of its own. A process that loads the
-    problem later refuses it if its source files, weights or inputs have changed.
+    problem later refuses it if its source files, weights or inputs have changed, or what it computes.
 
     Args:
         factories: ``module:function`` by the name of the problem.
 
     Raises:
-        BadInput: a name is invalid or taken, or :func:`make` refuses the function; says why.
+        BadInput: a name is invalid or taken, or :func:`make` refuses the function; says which and why.
     """
     registered, texts = registry.of("problem"), dict[str, str]()
     for name, factory in factories.items():
         if name not in registered.found():
-            texts[name] = _plugin(name, factory)
+            try:
+                texts[name] = _plugin(name, factory)
+            except BadInput as error:
+                raise BadInput(f"{name}: {error}") from error
         elif f"factories.definition({factory!r}, " not in registered.file(name).read_text(encoding="utf-8"):
             raise BadInput(f"{name} is already a problem; choose another name")
     if texts:  # the others were made by the process that started this one
@@ -124,7 +127,7 @@ def as_problems(factories: Mapping[str, str]) -> None:
 def _plugin(name: str, factory: str) -> str:
     """The text of a plug-in that defines a factory's problem."""
     if not name.isidentifier() or keyword.iskeyword(name):
-        raise BadInput(f"{name!r} is not a valid problem name; allowed: letters, digits and _, but no Python keyword")
+        raise BadInput("not a valid problem name; allowed: letters, digits and _, but no Python keyword")
     _parts(factory)
     here = os.getcwd()
     with tempfile.TemporaryDirectory(prefix="ntkbench-") as folder:
@@ -152,6 +155,13 @@ def _parts(name: str) -> tuple[str, str]:
     if not (colon and function_name.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
         raise BadInput(f"a factory is named module:function, such as my_networks:make; got {name!r}")
     return module_name, function_name
+
+
+@contextlib.contextmanager
+def _inside(folder: str) -> Iterator[None]:
+    """Run a user's code in a folder, whose files it may name relative to it, with its output on standard error."""
+    with contextlib.redirect_stdout(sys.stderr), contextlib.chdir(folder):
+        yield
 
 
 def _search(folder: str) -> None:

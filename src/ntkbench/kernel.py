@@ -833,7 +833,9 @@ class Kernel:
             square = float(np.linalg.norm(to_numpy(image, np.float64))) ** 2
         norm = found["norm"]
         aligned = _aligned(norm, square, j)
-        aligned = replace(aligned, notes=tuple(dict.fromkeys((*aligned.notes, *_missed(aligned, asked)))))
+        aligned = replace(
+            aligned, notes=tuple(dict.fromkeys((*aligned.notes, *_missed(aligned, asked, self._target.dtype))))
+        )
         if norm.standard_error is None:  # each metric has its own cost
             return Estimates({**found, "alignment": _with_passes(aligned, j.passes)})
         return Estimates({name: _with_passes(e, j.passes) for name, e in {**found, "alignment": aligned}.items()})
@@ -1053,12 +1055,12 @@ def _aligned(norm: Estimate, square: float, j: JacobianOperator) -> Estimate:
     )
 
 
-def _missed(aligned: Estimate, asked: Options) -> tuple[str, ...]:
+def _missed(aligned: Estimate, asked: Options, dtype: str) -> tuple[str, ...]:
     """A note if an alignment is not within its tolerance."""
     if asked.rtol is None or (width := aligned.relative_width(asked.confidence)) <= asked.rtol:
         return ()
     if replace(aligned, rounding=None).relative_width(asked.confidence) <= asked.rtol:
-        return (rounding_note(asked.rtol),)
+        return (rounding_note(asked.rtol, dtype),)
     return (f"the alignment did not reach rtol={asked.rtol:g} at confidence {asked.confidence:g}: {width:.2g}",)
 
 

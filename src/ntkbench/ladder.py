@@ -258,7 +258,7 @@ class _Search:
             return None
         rtol = options.rtol
         if rtol is not None and not isinstance(step, Stochastic) and not _reached(found, rtol, options.confidence):
-            self.remarks.append(rounding_note(rtol))
+            self.remarks.append(rounding_note(rtol, self._target.dtype))
         if name in SIDES:
             self.remarks.insert(0, _side(self._problem, name))
         return Estimates({key: self._noted(each) for key, each in found.items()})
@@ -723,4 +723,4 @@ def _computed(
             wider = "" if target.dtype == "float64" else f" {target.dtype}; dtype='float64' has a wider range"
             said = f"the {metric} by {method.name} is {estimate.value}: gradients are not finite, or overflow{wider}"
             raise BadInput(said)
-    return found
+    return {metric: replace(estimate, confidence=options.confidence) for metric, estimate in found.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,7 +39,7 @@ class Problem:
             or outputs of many time steps.
         fixed_0, fixed_f: values of frozen parameters and buffers that go with ``theta_0`` and ``theta_f``. All others
             keep the module's values.
-        recipe: how ``theta_f`` was trained; empty if that is not known.
+        recipe: how ``theta_f`` was trained, and what else tells the problem from others; empty if that is not known.
         other: another network on inputs of its own, with the same N and O, for the alignment of its kernel with that of
             this one. ``theta_f`` is then its ``theta_0``, and samples interact if they do in either network.
         mixed: whether the precisions of inputs, buffers and frozen parameters are part of the function. They are then
@@ -77,7 +78,7 @@ class Problem:
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """``(N, ...outputs)``, from a forward pass on shapes, which computes nothing."""
+        """``(N, ...outputs)``, from a forward pass on shapes, or on a few samples if the network needs values."""
         if not self._shape:
             self._shape.append(_output_shape(self))
         return self._shape[0]
@@ -335,7 +336,26 @@ def _output_shape(problem: Problem) -> tuple[int, ...]:
 
         assert problem.jax_forward is not None
         return tuple(jax.eval_shape(problem.jax_forward, {**problem.fixed_0, **problem.theta_0}, problem.x).shape)
-    return tuple(on_shapes(problem, problem.module).shape)
+    try:
+        return tuple(on_shapes(problem, problem.module).shape)
+    except Exception:  # a network may hold tensors besides its buffers, or read values
+        return _on_values(problem, problem.module)
+
+
+def _on_values(problem: Problem, module: nn.Module) -> tuple[int, ...]:
+    """The shape of the outputs, from a forward pass on a few samples, or on all if the network accepts no fewer."""
+    import torch
+
+    from ntkbench.modules import called, copied
+
+    weight = next(module.parameters())
+    x = torch.from_numpy(problem.x).to(weight.device)
+    x = x.to(weight.dtype) if x.is_floating_point() else x
+    with own_settings(str(weight.dtype).removeprefix("torch.")), torch.no_grad():
+        if not problem.samples_interact:
+            with contextlib.suppress(Exception):
+                return (len(x), *called(copied(module), x[:PROBED]).shape[1:])
+        return tuple(called(copied(module), x).shape)
 
 
 def on_shapes(problem: Problem, module: nn.Module) -> Tensor:

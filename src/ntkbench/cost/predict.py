@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ntkbench import errors, methods, metrics, operations
 from ntkbench.cost import samples
 from ntkbench.cost.costs import Cost, Costs
@@ -18,6 +20,7 @@ from ntkbench.cost.pilot import Pilot, pilot
 from ntkbench.cost.rates import Rates
 from ntkbench.cost.stand_in import PreparedStandIn
 from ntkbench.errors import OverMemory
+from ntkbench.estimate import rounding_bound, rounding_note
 from ntkbench.ladder import TOLERANCE_PASSES
 from ntkbench.methods.base import FixedBudget, Incremental, Method, PreparedProblem, Stochastic
 from ntkbench.options import Options, Target
@@ -85,7 +88,10 @@ def predict(
     Options(rtol=rtol, confidence=confidence)
     chosen = [methods.get(name) for name in (methods.names() if names is None else names)]
     work = _Work(problem, metric, target, rtol, confidence)
-    return Costs(map(work.cost, chosen), metric, rtol, (str(work.known),), confidence)
+    epsilon = float(np.finfo(target.dtype).eps)
+    inexact = rounding_bound(metric, epsilon, max(problem.n, problem.P), None) > rtol
+    notes = (str(work.known), *[rounding_note(rtol, target.dtype)] * inexact)
+    return Costs(map(work.cost, chosen), metric, rtol, notes, confidence)
 
 
 def of_budgets(

@@ -201,7 +201,7 @@ def _names(
 
 
 def winners(plotted: pd.DataFrame, quantity: str) -> dict[tuple[str, str], str]:
-    """The method of least cost at the largest n of each network; empty where none is certain.
+    """The method of least cost at the largest n of each network; empty where none is certain, or has no rival there.
 
     The fastest method is the fastest with a probability of at least 95 %. Peaks are measured once: the one of least
     memory is strictly below all others, after the floor.
@@ -217,7 +217,8 @@ def winners(plotted: pd.DataFrame, quantity: str) -> dict[tuple[str, str], str]:
             least = (rows[quantity] == rows[quantity].min()).to_numpy(float)
             chances = least / least.sum()
         of_methods = pd.Series(chances, index=rows["method"]).groupby(level=0).sum()
-        found[network] = str(of_methods.idxmax()) if of_methods.max() >= tasks.SURE else ""
+        sure = len(of_methods) > 1 and of_methods.max() >= tasks.SURE
+        found[network] = str(of_methods.idxmax()) if sure else ""
     return found
 
 

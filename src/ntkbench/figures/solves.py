@@ -109,26 +109,28 @@ def fastest(points: pd.DataFrame) -> pd.DataFrame:
 
     ``ratio`` is the seconds of the factor over those of the fastest method by products; above 1, products are faster.
     It is 0 if no products reached the residual, and infinite if the factor did not. ``winner`` is :data:`FACTOR` or
-    :data:`PRODUCTS` if that has a probability of at least 95 %, and empty otherwise. ``title`` names the fastest
-    method by products if that is as certain.
+    :data:`PRODUCTS` if that has a probability of at least 95 %, and empty otherwise, or if only one of the two was
+    measured. ``title`` names the fastest method by products if that is as certain, and another method was measured.
     """
+    cases = ["problem", "n", "share", "rtol"]
     good = points[points["residual"] <= SLACK * points["rtol"]]
     typical = laws.typical_spread(points)
     made = []
-    for case, rows in good.groupby(["problem", "n", "share", "rtol"], sort=False):
+    rivals = points.assign(exact=points["method"] == EXACT).groupby(cases)[["exact", "method"]].nunique()
+    for case, rows in good.groupby(cases, sort=False):
         shares = pd.Series(laws.smallest(*laws.median_seconds(rows, typical=typical)), index=rows.index)
         exact = rows["method"] == EXACT
         won = float(shares[~exact].sum())
         seconds = rows.loc[exact, "seconds"].min(), rows.loc[~exact, "seconds"].min()
-        row = dict(zip(("problem", "n", "share", "rtol"), case, strict=True))
+        row = dict(zip(cases, case, strict=True))
         row |= {"condition": rows["condition"].iloc[0], "ratio": math.inf if math.isnan(seconds[0]) else 0.0}
         if not any(map(math.isnan, seconds)):
             row["ratio"] = seconds[0] / seconds[1]
-        row["winner"] = PRODUCTS if won >= tasks.SURE else FACTOR if won <= 1 - tasks.SURE else ""
-        row["title"] = rows["title"][shares.idxmax()] if shares[~exact].max() >= tasks.SURE else ""
+        both, several = rivals.loc[case] > 1
+        row["winner"] = "" if not both else PRODUCTS if won >= tasks.SURE else FACTOR if won <= 1 - tasks.SURE else ""
+        row["title"] = rows["title"][shares.idxmax()] if several and shares[~exact].max() >= tasks.SURE else ""
         made.append(row)
-    columns = ["problem", "n", "share", "rtol", "condition", "ratio", "winner", "title"]
-    return pd.DataFrame(made, columns=columns)
+    return pd.DataFrame(made, columns=[*cases, "condition", "ratio", "winner", "title"])
 
 
 def _title(points: pd.DataFrame) -> str:

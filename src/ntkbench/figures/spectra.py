@@ -160,7 +160,7 @@ def most_accurate(points: pd.DataFrame) -> dict[str, str]:
     """The title of the method by products that is the most accurate on every problem, by quantity.
 
     Methods are compared at their most passes. A quantity is left out unless one method is the most accurate with 95 %
-    certainty on each problem. Errors below :data:`ROUNDING` count as equal.
+    certainty on each problem, of at least two. Errors below :data:`ROUNDING` count as equal.
     """
     leads: dict[str, set[str]] = {}
     for (_, quantity), here in points[points["method"] != EXACT].groupby(["problem", "quantity"], sort=False):
@@ -169,7 +169,8 @@ def most_accurate(points: pd.DataFrame) -> dict[str, str]:
         for column in ("error", "error_q25", "error_q75"):
             drawn[column] = drawn[column].clip(lower=ROUNDING)
         shares = laws.smallest(*laws.median_errors(drawn))
-        leads.setdefault(quantity, set()).add(rows["title"].iloc[shares.argmax()] if shares.max() >= tasks.SURE else "")
+        sure = len(rows) > 1 and shares.max() >= tasks.SURE
+        leads.setdefault(quantity, set()).add(rows["title"].iloc[shares.argmax()] if sure else "")
     return {quantity: found.pop() for quantity, found in leads.items() if len(found) == 1 and "" not in found}
 
 

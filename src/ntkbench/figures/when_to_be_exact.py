@@ -197,7 +197,12 @@ def _costs(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def _chances(costs: dict[str, Cost], apart: dict[str, dict[str, float]], by: str) -> dict[str, float]:
-    """The probability of each family that its passes or seconds are the least; the first family wins a tie."""
+    """The probability of each family that its passes or seconds are the least; the first family wins a tie.
+
+    A family without a rival has a probability of a half: nothing is decided.
+    """
+    if len(costs) < 2:
+        return dict.fromkeys(costs, 0.5)
     known = [family for family, found in costs.items() if math.isfinite(getattr(found, by))]
     middle = np.log([getattr(costs[family], by) for family in known])
     shares = laws.smallest(middle, np.array([apart[family][by] for family in known]))

@@ -18,7 +18,7 @@ import pandas as pd
 
 from ntkbench import methods, operators, paths, problems
 from ntkbench.ambient import uncompiled
-from ntkbench.errors import NtkbenchError, Unavailable
+from ntkbench.errors import Unavailable
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
 from ntkbench.measure.forecast import Forecast
@@ -148,6 +148,6 @@ def _shapes(label: str) -> Shapes | None:
         problem = Problem(label, network, made.x, theta, trained, made.jax_forward, made.samples_interact, made.outputs)
         with uncompiled(), FlopCounterMode(display=False) as counter:
             problem._shape.append(tuple(on_shapes(problem, network).shape))
-    except NtkbenchError:  # reported where the problem is loaded
+    except Exception:  # reported where the problem is loaded; or the network needs values
         return None
     return Shapes(problem, max(float(counter.get_total_flops()), 2.0 * problem.N * problem.P))

@@ -98,6 +98,12 @@ def read(file: Path) -> pd.DataFrame:
     return pd.read_csv(file, dtype=dict.fromkeys(WHOLE, "Int64") | {"reason": str, "notes": str}, encoding="utf-8")
 
 
+def labels(table: pd.DataFrame) -> list[str]:
+    """The labels of the cells that a table's rows belong to."""
+    keys = table[list(KEY)].itertuples(index=False)
+    return [Cell(str(p), str(m), str(b), str(k), None if pd.isna(n) else int(n)).label for p, m, b, k, n in keys]
+
+
 def combine(tables: Iterable[pd.DataFrame], expected: Iterable[Cell]) -> pd.DataFrame:
     """All shards as one table, in the order of the cells.
 
@@ -105,12 +111,11 @@ def combine(tables: Iterable[pd.DataFrame], expected: Iterable[Cell]) -> pd.Data
         NtkbenchError: a cell has no row or more than one, or a row belongs to no cell.
     """
     table = pd.concat(list(tables), ignore_index=True)
-    keys = table[list(KEY)].itertuples(index=False)
-    labels = [Cell(p, m, b, k, None if pd.isna(n) else int(n)).label for p, m, b, k, n in keys]
+    found = labels(table)
     wanted = {cell.label: i for i, cell in enumerate(expected)}
-    if sorted(labels) != sorted(wanted):
-        missing, extra = sorted(set(wanted) - set(labels)), sorted(set(labels) - set(wanted))
-        twice = sorted({label for label in labels if labels.count(label) > 1})
+    if sorted(found) != sorted(wanted):
+        missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+        twice = sorted({label for label in found if found.count(label) > 1})
         said = f"missing {missing}, unknown {extra}, duplicate {twice}"
         raise NtkbenchError(f"the table does not have one row per cell: {said}")
-    return table.iloc[sorted(range(len(labels)), key=lambda i: wanted[labels[i]])].reset_index(drop=True)
+    return table.iloc[sorted(range(len(found)), key=lambda i: wanted[found[i]])].reset_index(drop=True)

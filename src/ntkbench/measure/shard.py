@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from ntkbench import paths
 from ntkbench.measure import (
@@ -101,6 +104,55 @@ def pending(config: Config, results: Path) -> list[Cell]:
     """The cells that a run into a results folder would measure: those without a valid row there."""
     known = journal.rows_of((results / "shards").glob("*.journal"))
     return [cell for cell in cells(config) if (cell.label, fingerprints.cell(config, cell)) not in known]
+
+
+def discard_damaged(config: Config, results: Path) -> list[Path]:
+    """Remove the tables of shards that are not what their journals say, so that a run writes them again.
+
+    A table is damaged if it cannot be read, has not one row per cell, has a row that differs from that of the journal,
+    or has a measured row that is in no journal. A run measures such a row again; :func:`pending` counts it.
+
+    Returns:
+        the removed files.
+    """
+    known = journal.rows_of((results / "shards").glob("*.journal"))
+    damaged = []
+    for number in range(config.shards):
+        file = results / "shards" / f"shard-{number}.csv"
+        if file.exists() and not _is_as_kept(file, of_shard(config, number), known):
+            file.unlink()
+            damaged.append(file)
+    return damaged
+
+
+def _is_as_kept(file: Path, shard: Sequence[Cell], known: Mapping[tuple[str, str], Mapping[str, Any]]) -> bool:
+    try:
+        table = rows.read(file)
+        labels = rows.labels(table)
+        keys = list(zip(labels, table["fingerprint"].astype(str), strict=True))
+        measured = table["status"] == outcomes.OK
+    except (KeyError, OSError, ValueError):  # pandas' errors are ValueErrors
+        return False
+    # Rows of problems that failed, and of cells that are predicted to be slow, are in no journal.
+    if sorted(labels) != sorted(cell.label for cell in shard) or any(
+        key not in known for key, own in zip(keys, measured, strict=True) if own
+    ):
+        return False
+    kept = [i for i, key in enumerate(keys) if key in known]
+    written = io.StringIO(rows.frame(known[keys[i]] for i in kept).to_csv(index=False))
+    texts = [pd.read_csv(source, dtype=str, keep_default_na=False) for source in (file, written)]
+    if list(texts[0]) != list(texts[1]):
+        return False
+    pairs = zip(texts[0].iloc[kept].to_numpy().flat, texts[1].to_numpy().flat, strict=True)
+    return all(a == b or _number(a) == _number(b) for a, b in pairs)
+
+
+def _number(text: str) -> float | str:
+    """A number, as the same one may be written as 3 and 3.0; other text unchanged."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _known(

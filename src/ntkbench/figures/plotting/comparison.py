@@ -115,7 +115,8 @@ def _summary(trials: Trials, known: bool) -> str:
     said = f"{len(done)} of {counted(len(trials), 'method')} gave a value."
     if done:
         fastest = done[0]
-        said += f" {_name(fastest)} has the lowest median time, {seconds_label(fastest.seconds or math.nan)}"
+        verb = "has the lowest median time," if len(done) > 1 else "takes"
+        said += f" {_name(fastest)} {verb} {seconds_label(fastest.seconds or math.nan)}"
         error = f" with an error of {percent_label(fastest.error)}" if fastest.error else ""
         said += f"{', exact' if fastest.kind == 'exact' else error}."
     return said if known else f"{said} No exact method was measured, so errors are not known."

@@ -3,34 +3,62 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ntkbench.errors import BadInput
 from ntkbench.figures.plotting import base, claims, labels, sources, verdicts
-from ntkbench.measure.outcomes import Outcome
+from ntkbench.measure.outcomes import OK, STATUSES, Outcome
+from ntkbench.measure.rows import KEY
 from ntkbench.paths import write_atomically
 
 METADATA = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
 """Metadata that differ between runs or versions are left out."""
+GRID = "table.csv"
+"""The name of a table of the grid, whose rows are cells; all others are those of studies."""
+KEYED = {True: "cell", False: "row"}
+MEASURES = ["first_call_seconds", *(f"{name}{end}" for name in ("seconds", "error") for end in ("", "_q25", "_q75"))]
+"""Columns that are never negative or infinite in rows that are ok."""
 
 
 def read(table: Path) -> pd.DataFrame:
     """A table from its CSV file.
 
     Raises:
-        BadInput: there is no such file, or it is not a table.
+        BadInput: there is no such file, or it is not a table; or it has a row twice, or values that no measurement has.
     """
     try:
-        return pd.read_csv(table, low_memory=False, encoding="utf-8")
+        found = pd.read_csv(table, low_memory=False, encoding="utf-8")
     except pd.errors.EmptyDataError:
         raise BadInput(f"{table} is empty, without even a header") from None
     except (OSError, UnicodeDecodeError, pd.errors.ParserError) as error:
         raise BadInput(f"{table} cannot be read as a table: {error}") from None
+    for row, column, said in _faults(found, is_grid=table.name == GRID and {*KEY} <= {*found}):
+        raise BadInput(f"{table}: row {row + 1}: {column}: {said}")
+    return found
+
+
+def _faults(table: pd.DataFrame, *, is_grid: bool) -> Iterator[tuple[int, str, str]]:
+    """Rows, from 0 on, and columns with what no measurement gives, worded for a message."""
+    key = [name for name in (*KEY, *base.SETTINGS) if name in table] if is_grid else list(table)
+    for row in np.flatnonzero(table.duplicated(key)):
+        same = table.groupby(key, dropna=False, sort=False).ngroup()
+        first = int(np.argmax(same == same.iloc[row]))
+        yield int(row), ", ".join(key[:5]), f"the same as in row {first + 1}; allowed: each {KEYED[is_grid]} once"
+    if "status" not in table:
+        return
+    for row in np.flatnonzero(~table["status"].isin(STATUSES)):
+        yield int(row), "status", f"{str(table['status'].iloc[row])!r}; allowed: {', '.join(STATUSES)}"
+    for column in MEASURES:
+        if column in table:
+            numbers = pd.to_numeric(table[column], errors="coerce")
+            for row in np.flatnonzero((table["status"] == OK) & ((numbers < 0) | np.isinf(numbers))):
+                yield int(row), column, f"{numbers.iloc[row]:g}; allowed: finite numbers that are not negative"
 
 
 def write(name: str, figure: ModuleType, table: pd.DataFrame, folder: Path) -> tuple[list[Path], list[dict[str, Any]]]:

@@ -78,14 +78,15 @@ def solutions(
     ``seeds`` is the number of estimates behind the law, and ``passes`` and ``seconds`` have 95 % bands. ``at_most``
     says whether the seconds are an upper bound, because even the smallest budget is far too large. ``fastest`` is the
     share of bootstrap reruns in which nothing else solves the task faster. It is 0 if another method has an upper bound
-    and one of its passes takes less time.
+    and one of its passes takes less time, or if no other method was measured on the problem and metric.
 
     Args:
         table: what :func:`ntkbench.figures.plotting.base.checked` gives.
         tolerances: names to largest median errors; ``exact`` counts exact methods alone.
         drift: as for :func:`ntkbench.measure.laws.fit`; 0 for costs that are counted.
     """
-    points = base.measured(table[table["seconds"] > 0], "seconds", "error")
+    points = _points(table)
+    methods = points.groupby(TASK[:3])["method"].nunique()
     firsts = points.drop_duplicates(LINE).set_index(LINE, drop=False)
     seeds = points.groupby(LINE)["seeds"].sum()
     fitted = laws.fits(points, LINE, drift)
@@ -103,15 +104,20 @@ def solutions(
             row = first.to_dict() | reached._asdict() | {"tolerance": name, "error": error, "seeds": seeds[case]}
             row["at_most"] = budgeted and law.at_most(largest)
             made.append(row | ({} if budgeted else dict.fromkeys(laws.Reached._fields[:3], np.nan)))
-        for rivals in draws.values():
+        for case, rivals in draws.items():
             times = np.nan_to_num(np.stack(list(rivals.values())), nan=np.inf)
             wins = (times <= times.min(0)).mean(1)
             # Seconds grow at most in proportion to passes, so no budget takes less than this.
             least = {i: made[i]["seconds"] / max(made[i]["passes"], 1.0) for i in rivals if made[i]["at_most"]}
             for i, share in zip(rivals, wins, strict=True):
                 may_be_faster = any(least[k] < made[i]["seconds"] for k in least.keys() - {i})
-                made[i]["fastest"] = 0.0 if may_be_faster else float(share)
+                made[i]["fastest"] = 0.0 if may_be_faster or methods[case] < 2 else float(share)
     return pd.DataFrame(made, columns=COLUMNS).astype({"at_most": bool})
+
+
+def _points(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows with seconds and an error."""
+    return base.measured(table[table["seconds"] > 0], "seconds", "error")
 
 
 def winners(
@@ -120,7 +126,7 @@ def winners(
     """The fastest method of each task, and ``lead``, the factor by which the fastest other method is slower.
 
     ``lead_of_kind`` is the same for methods of other kinds, and ``fastest_of_kind`` is the share of reruns in which a
-    method of this kind is the fastest.
+    method of this kind is the fastest; 0 if no other kind was measured on the problem and metric.
 
     Args:
         table: as for :func:`solutions`.
@@ -130,8 +136,9 @@ def winners(
     solved = solutions(table, tolerances, drift)
     if not len(solved):
         return solved.assign(**dict.fromkeys(("lead", "lead_of_kind", "fastest_of_kind"), pd.Series(dtype=float)))
+    kinds = _points(table).groupby(TASK[:3])["kind"].nunique()
     found = []
-    for _, rows in solved.groupby(TASK):
+    for task, rows in solved.groupby(TASK):
         first = rows.loc[rows["seconds"].idxmin()]
         others, same = rows["method"] != first["method"], rows["kind"] == first["kind"]
         found.append(
@@ -139,7 +146,7 @@ def winners(
             | {
                 "lead": rows.loc[others, "seconds"].min() / first["seconds"],
                 "lead_of_kind": rows.loc[~same, "seconds"].min() / first["seconds"],
-                "fastest_of_kind": rows.loc[same, "fastest"].sum(),
+                "fastest_of_kind": rows.loc[same, "fastest"].sum() if kinds[task[:3]] > 1 else 0.0,
             }
         )
     order = {metric: i for i, metric in enumerate(base.metrics_in(solved))}

@@ -35,6 +35,7 @@ class Definition:
         outputs: see :class:`Problem`.
         part: the network whose NTK is computed, if it is not the whole trained network. Its parameters are some of
             those of ``module``; theta consists of those that require a gradient.
+        identity: what else tells the problem from others, besides its tensors and what it computes on a few samples.
     """
 
     module: nn.Module
@@ -44,6 +45,7 @@ class Definition:
     samples_interact: bool = False
     outputs: Literal["logits", "states"] = "logits"
     part: nn.Module | None = None
+    identity: str = ""
 
     def __post_init__(self) -> None:
         if not (self.training is None or isinstance(self.training, Training)):
@@ -52,6 +54,9 @@ class Definition:
                 f"got {self.training!r}"
             )
 
+
+LARGEST = 999_999_999
+"""The largest size of a problem of any size."""
 
 REGISTRY: dict[str, Callable[..., Definition]] = {}
 """The problems that :func:`ntkbench.problems.get` has loaded so far, by name."""
@@ -101,13 +106,16 @@ def parse_label(label: str) -> tuple[str, dict[str, int | str]]:
                 raise BadInput(f"problem {label!r}: {part!r} is not a choice of {name}; allowed: {_allowed(name, key)}")
             options[key] = value
             continue
-        if key not in defaults or not re.fullmatch("0*[1-9][0-9]{0,8}", value):
+        if not defaults:
+            raise BadInput(f"problem {label!r}: {name} has no sizes; allowed: {name!r} alone")
+        if key not in defaults or not re.fullmatch("0*[1-9][0-9]*", value):
             raise BadInput(
                 f"problem {label!r}: {part!r} is not a size of {name}; allowed: "
                 + ", ".join(_allowed(name, key) for key in defaults)
             )
-        if int(value) > defaults[key] and not getattr(REGISTRY[name], "any_size", False):
-            raise BadInput(f"problem {label!r}: {key} can be at most {defaults[key]}, its default")
+        most, why = (LARGEST, "") if getattr(REGISTRY[name], "any_size", False) else (defaults[key], ", its default")
+        if len(value.lstrip("0")) > len(str(most)) or int(value) > most:
+            raise BadInput(f"problem {label!r}: {key} can be at most {most}{why}")
         options[key] = int(value)
     return name, options
 
