@@ -154,6 +154,37 @@ def test_intervals_of_the_determinant_cover_it(name, ridge):
     assert (high - low).mean() < 200
 
 
+SKEWED = {
+    "one": np.where(np.arange(60) < 1, 1.0, 1e-6),
+    "three": np.where(np.arange(60) < 3, 1.0, 1e-6),
+    "all but two": np.where(np.arange(60) < 2, 1e-6, 1.0),
+}
+"""Few eigenvalues far above or below the others: quadrature by a probe is skewed."""
+
+
+@pytest.mark.parametrize("name", SKEWED)
+def test_intervals_from_skewed_probes_cover_what_they_say(name):
+    """Symmetric intervals from the scatter of 8 probes cover as little as 85 %."""
+    values = SKEWED[name]
+    j = Dense(jacobian(tuple(values)))
+    volume, rank = float(np.log(values + 1e-3).sum()), entropy_rank(values)
+    found = [of_products(j, 1, seed=seed, passes=200) for seed in range(1, 201)]  # jacobian() draws with seed 0
+    volumes = np.array([each.log_determinant(1e-3)[1:] for each in found])
+    ranks = np.array([each.entropy_effective_rank.interval() for each in found])
+    for (low, high), exact in ((volumes.T, volume), (ranks.T, rank)):
+        assert ((low <= exact) & (exact <= high)).mean() >= 0.93
+
+
+def test_the_variance_over_probes_is_that_of_random_unit_vectors():
+    exact = SPECTRA["1/i"]
+    found = [lanczos.density(Dense(jacobian("1/i")), probes=4, steps=12, seed=seed) for seed in range(1, 151)]
+    shifted = np.log(exact + 0.1)
+    stated = [density._variance(np.log(density.nodes + 0.1), density.weights) for density in found]
+    assert np.mean(stated) == pytest.approx(2 / 202 / 4 * shifted.var(), rel=0.05)
+    ranks = [density.entropy_effective_rank for density in found]
+    assert np.mean([density.entropy_standard_error for density in found]) == pytest.approx(np.std(ranks), rel=0.2)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_density_and_determinant_of_a_whole_theta(dtype):
     exact = theta(wide(), MANY).numpy()

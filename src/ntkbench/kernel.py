@@ -518,7 +518,7 @@ class Kernel:
             raise BadInput(
                 f"Theta is singular with {self.problem.P} parameters for {self.problem.n} outputs: use a ridge above 0"
             )
-        size = float(np.linalg.norm(right)) or 1.0
+        size = _largest(right) or 1.0  # the squares of a norm may overflow or underflow
         unit = right.reshape(-1) / size
         if (whole := self._whole(FACTORED)) is not None:
             theta, spent, notes = whole
@@ -572,7 +572,7 @@ class Kernel:
             if any(interact(each, self._target) for each in (self.problem, _on_columns(problem, columns))):
                 raise BadInput(NO_COLUMNS)
         solution = self.solve(y, ridge=ridge, rtol=rtol, passes=passes, seed=seed)
-        size = float(np.linalg.norm(solution.values)) or 1.0
+        size = _largest(solution.values) or 1.0
         target = self._precise()
         with self._source.settings(target, self._index):
             own = linearise(self.problem, "theta_0", target)

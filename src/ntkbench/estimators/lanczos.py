@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtri, stdtrit
+from scipy.special import ndtri
 
 from ntkbench.errors import BadInput
 from ntkbench.estimate import rounding_bound
@@ -82,14 +82,13 @@ class Density:
 
     @property
     def entropy_standard_error(self) -> float:
-        """Standard error of :attr:`entropy_effective_rank` by the delta method over probes; ``nan`` for one probe."""
-        probes = len(self.nodes)
-        trace, moment = of_probes = self._moments(self.nodes, self.weights) * probes
-        (mean_trace, mean_moment), value = of_probes.mean(1), self.entropy_effective_rank
-        if probes < 2 or math.isnan(value):
+        """Standard error of :attr:`entropy_effective_rank` by the delta method; ``nan`` if Theta is zero."""
+        value, (trace, moment) = self.entropy_effective_rank, self._moments(self.nodes, self.weights).sum(1)
+        if math.isnan(value):
             return math.nan
-        change = (trace * (1 + mean_moment / mean_trace) - moment) / mean_trace
-        return value * float(change.std(ddof=1)) / math.sqrt(probes)
+        logarithms = np.log(np.where(self.nodes > 0, self.nodes, 1.0))
+        change = self.nodes / trace * (1 + moment / trace - logarithms)
+        return value * self.n * math.sqrt(self._variance(change, self.weights))
 
     def shares(self, edges: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The share of eigenvalues in each of the bins ``edges[i] <= lambda < edges[i + 1]``, with an interval.
@@ -122,8 +121,9 @@ class Density:
         low = np.maximum(least[:, 1:] - most[:, :-1], 0.0).mean(0)
         high = np.minimum(most[:, 1:] - least[:, :-1], 1.0).mean(0)
         if not self.whole:
-            trials, z = len(self.nodes) * (self.n + 2) / 2, float(ndtri(0.5 + confidence / 2))
-            low, high = np.minimum(low, _wilson(low, trials, -z)), np.maximum(high, _wilson(high, trials, z))
+            z = float(ndtri(0.5 + confidence / 2))
+            low = np.minimum(low, _wilson(low, self._trials, -z))
+            high = np.maximum(high, _wilson(high, self._trials, z))
         return share, low, high
 
     def log_determinant(self, ridge: float, confidence: float = 0.95) -> tuple[float, float, float]:
@@ -131,8 +131,10 @@ class Density:
 
         The interval accounts for rounding. If the spectrum is from products, it also accounts for further steps and for
         the choice of probes. For a logarithm, Gauss quadrature is above the integral and Gauss-Radau quadrature with a
-        node at 0 is below it (Golub, Meurant 1994, theorems 3.1 and 3.2). The scatter of the probes gives a Student
-        interval. From products there is no lower end without a ridge.
+        node at 0 is below it (Golub, Meurant 1994, theorems 3.1 and 3.2). The mean logarithm is a share of the way from
+        the smallest to the largest, so its interval is Wilson's, as in :meth:`shares`, with the number of trials that
+        gives the variance over probes. Unlike a symmetric interval it covers the value where few eigenvalues exceed the
+        ridge, and probes are therefore skewed. From products there is no lower end without a ridge.
 
         Args:
             ridge: constant added to each eigenvalue; 0 or more.
@@ -147,37 +149,56 @@ class Density:
         """
         check_confidence(confidence)
         gauss, radau = (self.nodes, self.weights), (self.radau_nodes, self.radau_weights)
-        value, below = (float(self._log_determinants(*rule, ridge, 0).mean()) for rule in (gauss, radau))
-        least, most = self._log_determinants(*radau, ridge, -1), self._log_determinants(*gauss, ridge, 1)
+        value, below = (self._log_determinant(*rule, ridge) for rule in (gauss, radau))
         if self.whole:
-            return value, float(least[0]), float(most[0])
-        probes, low, high = len(self.nodes), -math.inf, math.inf
-        if probes > 1:
-            reach = float(stdtrit(probes - 1, 0.5 + confidence / 2)) / math.sqrt(probes)
-            low = float(least.mean() - reach * least.std(ddof=1)) if np.isfinite(least).all() else low
-            high = float(most.mean() + reach * most.std(ddof=1)) if np.isfinite(most).all() else high
-        return (value + below) / 2 if math.isfinite(below) else value, low, high
+            return value, self._with_rounding(value, ridge, -1), self._with_rounding(value, ridge, 1)
+        z = float(ndtri(0.5 + confidence / 2))
+        low, high = self._log_determinant(*radau, ridge, -z), self._log_determinant(*gauss, ridge, z)
+        value = (value + below) / 2 if math.isfinite(below) else value
+        return value, min(low, value), max(high, value)
 
-    def _log_determinants(self, nodes: np.ndarray, weights: np.ndarray, ridge: float, sign: int) -> np.ndarray:
-        """log det(Theta + ridge I) by each probe, ``[probes]``; with a sign, its bound on that side under rounding.
+    def _log_determinant(self, nodes: np.ndarray, weights: np.ndarray, ridge: float, z: float = 0.0) -> float:
+        """log det(Theta + ridge I) by a rule, with rounding and the choice of probes allowed for z standard errors.
+
+        A negative z gives the lower end of the interval, a positive one the upper end, and 0 the value.
+        """
+        sign = float(np.sign(z))
+        with np.errstate(divide="ignore"):
+            values = np.log(np.maximum(nodes + sign * self.rounding, 0.0) + ridge)
+        seen = weights > np.finfo(np.float64).eps ** 2  # the others belong to zero vectors
+        least, most = float(values[seen].min()), float(values[seen].max())
+        if z == 0 or least == most:
+            return self.n * float((weights[seen] * values[seen]).sum())
+        if not math.isfinite(least):
+            return sign * math.inf
+        shares = np.where(seen, (values - least) / (most - least), 0.0)
+        share = float((weights * shares).sum())
+        trials = max(share * (1 - share) / self._variance(shares, weights), self._trials)
+        return self.n * (least + (most - least) * float(_wilson(np.asarray(share), trials, z)))
+
+    def _with_rounding(self, value: float, ridge: float, sign: int) -> float:
+        """An end of the interval of log det(Theta + ridge I) = ``value`` of all eigenvalues: their possible rounding.
 
         No eigenvalue moves further than ``rounding``. The root of the sum of squares of all moves is within it too
         (Hoffman, Wielandt 1953), which is tighter for many eigenvalues: a logarithm is below its tangents.
         """
-        seen = weights > np.finfo(np.float64).eps ** 2  # the others belong to zero vectors
-
-        def integral(values: np.ndarray) -> np.ndarray:
-            found: np.ndarray = self.n * len(nodes) * np.where(seen, weights * values, 0.0).sum(1)
-            return found
-
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            moved = np.maximum(nodes + sign * self.rounding, 0.0) + ridge
-            found = integral(np.log(moved))
-            if sign == 0 or not self.whole:
-                return found
-            slopes = 1 / (moved if sign < 0 else nodes + ridge)
-            tangent = integral(np.log(nodes + ridge)) + sign * self.rounding * np.sqrt(integral(slopes**2))
-        return np.fmax(found, tangent) if sign < 0 else np.fmin(found, tangent)
+            moved = np.maximum(self.nodes + sign * self.rounding, 0.0) + ridge
+            slopes = 1 / (moved if sign < 0 else self.nodes + ridge)
+            ends = float(np.log(moved).sum()), value + sign * self.rounding * float(np.sqrt((slopes**2).sum()))
+        return float(np.fmax(*ends) if sign < 0 else np.fmin(*ends))
+
+    @property
+    def _trials(self) -> float:
+        """Trials of a binomial share that has the variance of the mean share of all probes in an eigenspace."""
+        return len(self.nodes) * (self.n + 2) / 2
+
+    def _variance(self, values: np.ndarray, weights: np.ndarray) -> float:
+        """Variance of the quadrature of a function with these values at the nodes, over the choice of probes.
+
+        For a random unit vector u, that of u^T F u is 2 / (n + 2) times the variance of the eigenvalues of F.
+        """
+        return float((weights * (values - (weights * values).sum()) ** 2).sum()) / self._trials
 
     def _below(self, probe: int, x: np.ndarray) -> np.ndarray:
         """The weight of one probe below each x, and its bounds, ``[3, len(x)]``."""
@@ -287,7 +308,7 @@ def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int
     like = j.basis(0, 1)
     basis, images, vectors = np.empty((0, j.n)), np.empty((0, j.n)), np.empty((0, 0))
     while True:
-        new = _orthonormal(new, basis, epsilon(like))
+        new = _orthonormal(new, basis, epsilon(like) if len(basis) else float(np.finfo(np.float64).eps))
         if len(new) == 0:  # the Krylov space is exhausted
             break
         if len(basis) + len(new) > most:

@@ -280,11 +280,11 @@ def _more_precise(eps: float) -> str:
 
 
 def _shifted(j: JacobianOperator, ridge: float) -> Map:
-    """v -> (Theta + ridge I) v on the host; two passes. v is normalised first, so its scale does not matter."""
+    """v -> (Theta + ridge I) v on the host; two passes. v is divided by its largest entry, so scale does not matter."""
     like = j.basis(0, 1)
 
     def apply(v: np.ndarray) -> np.ndarray:
-        size = float(np.linalg.norm(v)) or 1.0
+        size = float(abs(v).max()) or 1.0
         image = to_numpy(j.ntk(asarray_like(v.reshape(1, -1) / size, like)), np.float64)[0]
         shifted: np.ndarray = size * image + ridge * v.reshape(-1)
         return shifted

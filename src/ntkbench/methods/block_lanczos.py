@@ -24,7 +24,7 @@ class BlockLanczos(Stochastic):
     its square. The iteration stops early once the relative residual is at most ``rtol``.
 
     The entropy effective rank uses 8 random vectors, with as many Lanczos steps as the budget allows, up to 25. A
-    larger budget adds vectors. The standard error is from the scatter over vectors. The estimate is the geometric mean
+    larger budget adds vectors. The standard error is from the variance over vectors. The estimate is the geometric mean
     of Gauss and Gauss-Radau quadrature, which enclose the value after any number of further steps. Half of their
     distance, in the logarithm, is part of ``rounding``.
 

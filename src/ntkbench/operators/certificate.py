@@ -110,7 +110,7 @@ class Reference:
     def cotangent(self, like: Array, n: int, memory: int | None = None) -> tuple[Array, Array]:
         """A fixed random cotangent ``[n]`` and its gradient ``[P]``, which is computed once; 1 pass."""
         if (memory is None) not in self._fixed:
-            self.fixed_gradient(random_signs(n, like), memory)
+            self.fixed_gradient(random_weights(n, like), memory)
         return self._fixed[memory is None]
 
 
@@ -125,9 +125,12 @@ def random_weights(size: int, like: Array) -> Array:
     return random_signs(size, like) * arrays.asarray_like(numbers, like)
 
 
-def distance(found: Array, expected: Array) -> float:
-    """||found - expected|| relative to ||expected||; 0 if both are zero, ``inf`` if either is not finite."""
-    return distance_of_parts([(found, expected)])
+def distance(found: Array, expected: Array, size: float = 0.0) -> float:
+    """||found - expected|| relative to ||expected||; 0 if both are zero, ``inf`` if either is not finite.
+
+    With a ``size`` it is relative to that, if it is larger than ||expected||.
+    """
+    return ratio(norm(found - expected), max(size, norm(expected)))
 
 
 def distance_of_parts(pairs: Iterable[tuple[Array, Array]]) -> float:
@@ -135,21 +138,21 @@ def distance_of_parts(pairs: Iterable[tuple[Array, Array]]) -> float:
     norms = [0.0, 0.0]
     for found, expected in pairs:
         for i, part in enumerate((found - expected, expected)):
-            norms[i] = math.hypot(norms[i], _norm(part))
+            norms[i] = math.hypot(norms[i], norm(part))
     return ratio(*norms)
 
 
-def _norm(x: Array) -> float:
+def norm(x: Array) -> float:
     """Euclidean norm, also of numbers whose squares underflow."""
     xp = array_api_compat.array_namespace(x)
-    norm = float(xp.linalg.vector_norm(x))
-    if norm == 0 and math.prod(x.shape) and (largest := float(xp.max(xp.abs(x)))):
-        norm = largest * float(xp.linalg.vector_norm(x / largest))
-    return norm
+    found = float(xp.linalg.vector_norm(x))
+    if found == 0 and math.prod(x.shape) and (largest := float(xp.max(xp.abs(x)))):
+        found = largest * float(xp.linalg.vector_norm(x / largest))
+    return found
 
 
-def ratio(off: float, norm: float) -> float:
-    """``off / norm``; 0 if both are zero, ``inf`` if either is not finite."""
-    if not (math.isfinite(off) and math.isfinite(norm)):
+def ratio(off: float, size: float) -> float:
+    """``off / size``; 0 if both are zero, ``inf`` if either is not finite."""
+    if not (math.isfinite(off) and math.isfinite(size)):
         return math.inf
-    return 0.0 if off == 0 else off / norm if norm else math.inf
+    return 0.0 if off == 0 else off / size if size else math.inf
