@@ -604,7 +604,7 @@ class Kernel:
                         products.append(to_numpy(image, np.float64))
                         if each is target:
                             j.jvp(image)
-                certificate.check(certificate.distance(*products), self._epsilon)
+                certificate.check(certificate.distance(products[0], products[1]), self._epsilon)
             except Exception:  # a network that runs only in its own precision
                 target = self._target
             self._prepared["float64"] = target
