@@ -1,4 +1,4 @@
-"""How a measurement ended, in one word and one line: the same for cells, studies, problems and comparisons."""
+"""What a row is of and how it ended, in one word and one line: the same for cells, studies, problems and comparisons."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import NamedTuple
 from ntkbench.errors import OverMemory, Unavailable, one_line, summary
 
 OK, SKIPPED, FAILED, TIMEOUT, OUT_OF_MEMORY = STATUSES = ("ok", "skipped", "failed", "timeout", "out_of_memory")
+KEY = ("problem", "method", "backend", "metric", "passes")
+"""Columns that identify a cell."""
 PASSING = (FAILED, TIMEOUT, OUT_OF_MEMORY)
 """Statuses that another attempt may change."""
 

@@ -12,11 +12,10 @@ from ntkbench import methods, operators
 from ntkbench.errors import NtkbenchError, Unavailable
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
-from ntkbench.measure.outcomes import Outcome
+from ntkbench.measure.outcomes import KEY, Outcome
 from ntkbench.measure.provenance import provenance
 from ntkbench.problems.base import parse_label
 
-KEY = ("problem", "method", "backend", "metric", "passes")
 SIZES = ("N", "O", "P", "n")
 MEASURED = (
     *("seconds", "seconds_q25", "seconds_q75", "first_call_seconds", "calls"),

@@ -13,8 +13,7 @@ import pandas as pd
 
 from ntkbench.errors import BadInput
 from ntkbench.figures.plotting import base, claims, labels, sources, verdicts
-from ntkbench.measure.outcomes import OK, STATUSES, Outcome
-from ntkbench.measure.rows import KEY
+from ntkbench.measure.outcomes import KEY, OK, STATUSES, Outcome
 from ntkbench.paths import write_atomically
 
 METADATA = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
