@@ -1,4 +1,4 @@
-"""What a row is of and how it ended, in one word and one line: the same for cells, studies, problems and comparisons."""
+"""What a row is of, and how its measurement ended: the same for cells, studies, problems and comparisons."""
 
 from __future__ import annotations
 
