@@ -254,6 +254,20 @@ def test_wrong_products_are_detected_where_right_ones_cancel(monkeypatch, wrong,
         j.ntk(u[:probes])
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_jvps_are_certified_by_cotangents_that_do_not_cancel(monkeypatch, factor):
+    j, u = of_one_parameter()
+    right = type(j)._jvp
+    monkeypatch.setattr(type(j), "_jvp", lambda self, rows: factor * right(self, rows))
+    j.reference.fixed_gradient(u[0])  # the cotangent of the next comparison
+    if factor == 1:
+        j.jvp(torch.ones(2, 1))
+        assert j.certificate < 1e-5
+    else:
+        with pytest.raises(Uncertified, match="jvp products: its gradient differs"):
+            j.jvp(torch.ones(2, 1))
+
+
 def test_gradients_of_equal_samples_in_float32_are_certified():
     """With signs they cancel up to rounding."""
     samples = torch.randn(1, 4, 1, generator=torch.Generator().manual_seed(2)).repeat(6, 1, 1)
