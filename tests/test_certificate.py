@@ -216,6 +216,65 @@ def test_the_certificate_of_some_probes_covers_all_outputs(probes):
     torch.testing.assert_close(j.fresh().vjp(j.basis(0, j.n)), J, rtol=1e-10, atol=1e-12)
 
 
+class OneParameter(nn.Module):
+    """J is the inputs, of rank 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return x @ self.w
+
+
+def of_one_parameter():
+    """An operator in float32 whose J has rank 1, and three vectors that J^T maps to zero up to rounding."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, 1)
+    j = linearise(from_module(OneParameter(), x), "theta_0", Target("torch", "float32", "cpu"))
+    u, J = torch.randn(3, 24, dtype=torch.float64), x.double().reshape(24)
+    return j, (u - torch.outer(u @ J, J) / (J @ J)).float()
+
+
+@pytest.mark.parametrize("probes", [1, 3])
+def test_products_that_cancel_are_certified(probes):
+    j, u = of_one_parameter()
+    assert float(j.ntk(u[:probes]).abs().max()) < 1e-4
+    assert j.certificate < 1e-5 and not j.notes
+
+
+@pytest.mark.parametrize("wrong", ["_vjp", "_jvp"])
+@pytest.mark.parametrize("probes", [1, 3])
+def test_wrong_products_are_detected_where_right_ones_cancel(monkeypatch, wrong, probes):
+    """A product that is wrong by a factor is close to a right one if both are only rounding."""
+    j, u = of_one_parameter()
+    right = getattr(type(j), wrong)
+    monkeypatch.setattr(type(j), wrong, lambda self, rows: 1.5 * right(self, rows))
+    with pytest.raises(Uncertified, match=f"{wrong[1:]} products: its gradient differs"):
+        j.ntk(u[:probes])
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_jvps_are_certified_by_cotangents_that_do_not_cancel(monkeypatch, factor):
+    j, u = of_one_parameter()
+    right = type(j)._jvp
+    monkeypatch.setattr(type(j), "_jvp", lambda self, rows: factor * right(self, rows))
+    j.reference.fixed_gradient(u[0])  # the cotangent of the next comparison
+    if factor == 1:
+        j.jvp(torch.ones(2, 1))
+        assert j.certificate < 1e-5
+    else:
+        with pytest.raises(Uncertified, match="jvp products: its gradient differs"):
+            j.jvp(torch.ones(2, 1))
+
+
+def test_gradients_of_equal_samples_in_float32_are_certified():
+    """With signs they cancel up to rounding."""
+    samples = torch.randn(1, 4, 1, generator=torch.Generator().manual_seed(2)).repeat(6, 1, 1)
+    found = ntkbench.trace(OneParameter(), samples, method="random_vector")
+    assert found.certificate < 1e-5
+
+
 def test_certificates_of_an_abandoned_way_are_dropped():
     problem, _ = problem_of(Clipped)
     j = linearise(problem, "theta_0", FLOAT64)

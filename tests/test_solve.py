@@ -218,6 +218,16 @@ def test_right_hand_sides_of_zero_and_of_any_scale_are_solved(memory):
     np.testing.assert_allclose(tiny.values * 1e30, one.values, rtol=1e-3)
 
 
+@pytest.mark.parametrize("memory", [None, LITTLE])
+@pytest.mark.parametrize("scale", [2.0**520, 2.0**-550, 2.0**1020, 2.0**-960])
+def test_right_hand_sides_whose_squares_overflow_or_underflow_are_solved(scale, memory):
+    one, found = (ntkbench.Kernel(wide(), MANY, memory=memory).regress(MANY, s * Y, ridge=0.5) for s in (1.0, scale))
+    np.testing.assert_allclose(found.solution.values / scale, one.solution.values, rtol=1e-9)
+    np.testing.assert_allclose(found.values / scale, one.values, rtol=1e-9)
+    assert found.solution.residual == pytest.approx(one.solution.residual) and one.solution.residual > 0
+    assert found.solution.error / scale == pytest.approx(one.solution.error)
+
+
 @pytest.mark.parametrize("memory", [None, 8 * 15**2])
 def test_regression_predicts_other_inputs_as_numpy_does(memory):
     y = Y[:5]

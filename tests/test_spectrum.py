@@ -275,6 +275,16 @@ def test_products_that_overflow_are_refused():
             use(Dense(J))
 
 
+def test_all_eigenvalues_by_one_square_block():
+    """Random directions that are almost dependent, as with these seeds, are kept: the block spans the whole space."""
+    exact = np.linspace(1, 2, 40)
+    j = Dense(jacobian(tuple(exact)).astype(np.float32))
+    for seed in (0, 30, 75, 77):
+        found = lanczos.ritz_pairs(j, 40, seed=seed, passes=60)
+        np.testing.assert_allclose(found.values, exact[::-1], rtol=1e-4)
+        assert found.notes == () and found.passes == 80
+
+
 def test_the_krylov_space_restarts_in_little_memory():
     J = jacobian("1/i")
     whole, little = Dense(J), Dense(J)

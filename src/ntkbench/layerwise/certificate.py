@@ -1,6 +1,6 @@
 """The certificate of a kernel: the gradient from its factors, compared with plain automatic differentiation.
 
-A kernel's rows are gradients of directions u_bk . f_b. With random signs c the factors of all layers add up to the
+A kernel's rows are gradients of directions u_bk . f_b. With random weights c the factors of all layers add up to the
 gradient of sum_(b, k) c_bk u_bk . f_b, which one plain backward pass over the whole batch also gives. The
 certificate therefore covers the trace, every rule, and the assumption that samples do not interact.
 """
@@ -41,7 +41,7 @@ class Certificate:
         needed: Collection[str],
     ) -> None:
         self._parameters, self._x, self._directions, self._needed = parameters, x, directions, frozenset(needed)
-        self._c = certificate.random_signs(len(x) * count, parameters[0]).reshape(len(x), count)
+        self._c = certificate.random_weights(len(x) * count, parameters[0]).reshape(len(x), count)
         self._gradients = {name: torch.zeros_like(w).reshape(-1) for name, w in zip(names, parameters, strict=True)}
         self._covered: set[str] = set()
 

@@ -150,7 +150,7 @@ class LayerwiseKernel:
         leaves = [w.detach().requires_grad_() for w in parameters]
         with torch.enable_grad():
             f, _ = self.trace.graph.run(leaves, self._programs.constants, x)
-            v = certificate.random_signs(len(f), f.detach())
+            v = certificate.random_weights(len(f), f.detach())
             found = torch.autograd.grad(f, leaves, v, materialize_grads=True, allow_unused=True)
         plain = self._plain()
         plain.load(parameters)

@@ -178,7 +178,7 @@ class HeadedNetwork:
 
         names, memory = list(self._parameters), self._target.memory
         like = self._parameters[names[0]]
-        c = certificate.random_signs(len(self._hidden) * self.V, like).reshape(-1, self.V)
+        c = certificate.random_weights(len(self._hidden) * self.V, like).reshape(-1, self.V)
         Q = Q.to(c.dtype)
         plain = PlainNetwork(self._module, self._parameters, owned=True).gradient(self._x, c, memory)
         module, parameters, x = torch_network(other, "theta_0", self._target)

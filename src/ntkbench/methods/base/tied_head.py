@@ -287,7 +287,7 @@ class TiedNetwork:
             Uncertified: they differ.
         """
         whole, basis, memory = self._whole, self._basis, self._target.memory
-        c = certificate.random_signs(len(self._h) * basis.shape[0], whole.W).reshape(len(self._h), -1)
+        c = certificate.random_weights(len(self._h) * basis.shape[0], whole.W).reshape(len(self._h), -1)
         plain = PlainNetwork(whole.module, whole.parameters, owned=True).gradient(whole.x, c, memory)
         module, parameters, x = torch_network(self._short, "theta_0", self._target)
         inner = PlainNetwork(module, parameters).gradient(x, basis.down(c.T).T, memory)

@@ -118,7 +118,7 @@ class RecurrentJacobian(JacobianOperator):
     def _certify_sample_vjp(self) -> None:
         super()._certify_sample_vjp()
         if self._by_inner_products:
-            v = certificate.random_signs(self.O, self.basis(0, 1)).reshape(1, 1, self.O)
+            v = certificate.random_weights(self.O, self.basis(0, 1)).reshape(1, 1, self.O)
             first = slice(0, 1)
 
             def difference(found: Array, _: Reference) -> float:
