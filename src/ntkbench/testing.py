@@ -188,7 +188,7 @@ def _of_traces(problem: Problem, J: np.ndarray) -> np.ndarray:
 
 
 def _of_last_layer(problem: Problem, J: np.ndarray) -> np.ndarray:
-    layer = next(reversed(problem.theta_0)).rpartition(".")[0]
+    layer = list(problem.theta_0)[-1].rpartition(".")[0]
     own = [np.full(w.size, name.rpartition(".")[0] == layer) for name, w in problem.theta_0.items()]
     return _of_traces(problem, J[:, np.concatenate(own)])
 
@@ -452,8 +452,8 @@ def _check_stochastic(method: Method, problem: Problem, metric: str, backend: st
     passes = 30 * _smallest_budget(method, larger, metric, target)
     _check_error(_Estimator(method, larger, metric, target)(passes), _truth(larger, metric), f" {_sizes(larger)}")
     if isinstance(method, Incremental):
-        first, same = roomy(3 * least, 5), roomy(3 * least, 5, by_estimates=True)
-        _require(first.to_json() == same.to_json(), f"estimate gives {first}, but estimates gives {same}")
+        first, shared = roomy(3 * least, 5), roomy(3 * least, 5, by_estimates=True)
+        _require(first.to_json() == shared.to_json(), f"estimate gives {first}, but estimates gives {shared}")
         _check_error(roomy(40 * least, 5, by_estimates=True, rtol=0.3), truth, " with rtol=0.3")
 
 
@@ -547,7 +547,7 @@ def _unchanged(problem: Problem) -> Iterator[None]:
     """Require that a call changes neither the problem nor the process, which is restored."""
     import torch
 
-    restored = [
+    restored: list[Callable[[], object]] = [
         functools.partial(np.random.set_state, np.random.get_state()),
         functools.partial(random.setstate, random.getstate()),
         functools.partial(torch.set_default_dtype, torch.get_default_dtype()),
