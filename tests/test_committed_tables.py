@@ -20,7 +20,9 @@ TABLES = {
 }
 
 
-IN_PARTS = {"calibration/studies/calibration.csv": "problems were added, or measured again after a fault was mended"}
+IN_PARTS = {
+    "calibration/studies/calibration.csv": "problems were added, or measured again after a fault was mended"
+}
 """Tables whose rows come from several clean commits, and why."""
 
 
