@@ -452,8 +452,8 @@ def _check_stochastic(method: Method, problem: Problem, metric: str, backend: st
     passes = 30 * _smallest_budget(method, larger, metric, target)
     _check_error(_Estimator(method, larger, metric, target)(passes), _truth(larger, metric), f" {_sizes(larger)}")
     if isinstance(method, Incremental):
-        one, all_of_them = roomy(3 * least, 5), roomy(3 * least, 5, by_estimates=True)
-        _require(one.to_json() == all_of_them.to_json(), f"estimate gives {one}, but estimates gives {all_of_them}")
+        first, shared = roomy(3 * least, 5), roomy(3 * least, 5, by_estimates=True)
+        _require(first.to_json() == shared.to_json(), f"estimate gives {first}, but estimates gives {shared}")
         _check_error(roomy(40 * least, 5, by_estimates=True, rtol=0.3), truth, " with rtol=0.3")
 
 
