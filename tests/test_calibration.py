@@ -349,7 +349,7 @@ CHOSEN = [
     ("wide head", ["norm", "alignment"], "passes"),
     ("imbalanced", ["norm"], "default"),
     ("transformer", ["alignment"], "rtol"),
-    ("recurrent", ["trace", "norm"], "default"),
+    ("recurrent", ["trace", "norm"], "passes"),
     ("interacting", ["trace", "norm"], "passes"),
 ]
 

@@ -342,7 +342,7 @@ def test_extrapolated_points_are_hollow_and_the_measured_ones_counted(table):
 def test_the_title_marks_errors_to_which_costs_are_extrapolated(table, factor, extrapolated):
     with plotting.style():
         drawing = figure.draw(plotting.checked_study(table.assign(rms=table["rms"] * factor), figure.COLUMNS))
-    assert drawing.title.count(" (extrapolated)") == extrapolated and "partly" not in drawing.title
+    assert drawing.title.count(" (0 of ") == drawing.title.count(" estimates measured)") == extrapolated
 
 
 @pytest.mark.parametrize("metric", ["trace", "norm"])

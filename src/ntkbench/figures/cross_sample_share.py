@@ -112,7 +112,7 @@ def _title(plotted: pd.DataFrame) -> str:
 def _caption(plotted: pd.DataFrame) -> str:
     first, last = _ends(plotted)
     text = (
-        "Variance of a pooled trace over that of a per-sample one at equal passes, exact, on held-out images: at least "
+        "Variance of a pooled trace over that of a per-sample one at equal passes, on held-out images: at least "
         f"{labels.rounded(plotted['factor'].min())} in {len(plotted)} cases."
     )
     change = last.set_index(["network", "init"])["factor"] / first.set_index(["network", "init"])["factor"]

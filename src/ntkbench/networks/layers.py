@@ -101,3 +101,11 @@ def batch_norm(weights: Weights, name: str, x: Any) -> Any:
     x = x if mean is None else x - mean[:, None, None]
     scale = weights[f"{name}.weight"] / (variance + 1e-5) ** 0.5
     return x * scale[:, None, None] + weights[f"{name}.bias"][:, None, None]
+
+
+class BatchStatistics(nn.Module):
+    """Standardises each feature over the batch, so that samples interact; 1 is added to the variance."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """``[N, features]`` -> ``[N, features]``; zeros for a single sample."""
+        return (h - h.mean(0)) / (h.var(0, correction=0) + 1).sqrt()

@@ -71,20 +71,18 @@ def small_wide_head(N: int = SAMPLES) -> Definition:
 
 
 @problem
-def small_batchnorm(N: int = SAMPLES) -> Definition:
-    """8-8-8-272 ReLU MLP whose hidden layers use batch statistics, so samples interact; otherwise as ``small_mlp``."""
+def small_interacting(N: int = SAMPLES) -> Definition:
+    """8-8-8-272 ReLU MLP with batch statistics in hidden layers, so samples interact; otherwise ``small_mlp``."""
     import torch
     from torch import nn
 
+    from ntkbench.networks import layers
     from ntkbench.networks.initialisation import seeded
 
     def make() -> nn.Module:
-        sizes = itertools.pairwise([INPUTS, HIDDEN, HIDDEN])
-        hidden = [
-            layer
-            for a, b in sizes
-            for layer in (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b, track_running_stats=False), nn.ReLU())
-        ]
+        hidden: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise([INPUTS, HIDDEN, HIDDEN]):
+            hidden += [nn.Linear(inputs, outputs, bias=False), layers.BatchStatistics(), nn.ReLU()]
         return nn.Sequential(*hidden, nn.Linear(HIDDEN, OUTPUTS), nn.ReLU())
 
     draw = torch.Generator().manual_seed(1)

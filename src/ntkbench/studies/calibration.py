@@ -43,7 +43,7 @@ PROBLEMS = {
     "one outlier": "small_mlp[inputs=one_outlier]",
     "many samples": "many_samples",
     "wide head": "small_wide_head",
-    "interacting": "small_batchnorm",
+    "interacting": "small_interacting",
     "transformer": "reversing_transformer",
     "recurrent": "gru_flipflop[H=12,N=12,T=6]",
 }
