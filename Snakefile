@@ -11,6 +11,7 @@ snakemake --workflow-profile profiles/slurm               on a cluster
 Targets come before --configfile, which takes all words after it as files.
 """
 
+import contextlib
 import functools
 import os
 import shlex
@@ -69,9 +70,13 @@ def read(name):
         # Read again, since Snakemake's own reader loses duplicate keys and line numbers.
         overrides = workflow.config_settings.config
         made = Run(configuration.Config.of_run(GIVEN, overrides, here, ROOT / "config" / name))
-        if made.config.source == "measured" and not (said.dryrun or workflow.remote_exec):
-            for file in shard.discard_damaged(made.config, made.results):
-                print(f"ntkbench: {file} is not what its journal says, so it is made again", file=sys.stderr)
+        looks = said.dryrun or workflow.remote_exec or not (made.results / "shards").exists()
+        if made.config.source == "measured" and not looks:
+            # Tables stay if another run is writing there: this one is then refused when it starts.
+            with contextlib.suppress(Timeout), FileLock(made.results / ".lock", timeout=0):
+                for file in shard.discard_damaged(made.config, made.results):
+                    said_of_it = "is not what its journal and the configuration say, so it is made again"
+                    print(f"ntkbench: {file} {said_of_it}", file=sys.stderr)
         return made
 
 

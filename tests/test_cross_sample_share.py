@@ -131,7 +131,7 @@ def test_the_figure_states_the_numbers_of_the_table(table, tmp_path):
     made = figures.draw(NAME, known, tmp_path)
     caption = made[1].read_text()
     assert "Training multiplies it by (mean of 2 runs each): MLP 0.25, Vision Transformer 0.25" in caption
-    assert "at least 5 in 12 cases" in caption and "nan" not in caption
+    assert "at least 5 in all 12 cases" in caption and "nan" not in caption
     plotted = pd.read_csv(made[0])
     np.testing.assert_allclose(plotted["norm_ratio"], known["norm_ratio"])
     from ntkbench.figures.plotting import base

@@ -26,8 +26,8 @@ def measured(tmp_path, monkeypatch):
 
         def one(asv, cell, index, work):
             calls.append(cell.metric)
-            during(cell)
-            return Outcome("ok"), {"value": 3.0, "seeds": 1, "calls": 1}
+            found = during(cell)
+            return found or (Outcome("ok"), {"value": 3.0, "seeds": 1, "calls": 1})
 
         monkeypatch.setattr(shard, "_measure", one)
         output = tmp_path / "shards" / "shard-0.csv"
@@ -48,6 +48,9 @@ def test_rows_are_measured_once(measured):
 DAMAGES = {
     "an edited value": lambda csv, journal: csv.write_text(csv.read_text().replace(",3.0,", ",4.0,", 1)),
     "an edited status": lambda csv, journal: csv.write_text(csv.read_text().replace(",ok,", ",failed,", 1)),
+    "a budget that is no whole number": lambda csv, journal: csv.write_text(
+        csv.read_text().replace(",12,", ",3.5,", 1)
+    ),
     "a missing row": lambda csv, journal: csv.write_text("".join(csv.read_text().splitlines(True)[:-1])),
     "a cut row": lambda csv, journal: csv.write_text(csv.read_text()[:-60]),
     "a row twice": lambda csv, journal: csv.write_text(csv.read_text() + csv.read_text().splitlines(True)[-1]),
@@ -69,6 +72,27 @@ def test_a_table_that_is_not_what_the_journal_says_is_made_again(measured, tmp_p
     assert left == (["trace", "norm"] if "journal" in damage else [])
     again, same = measured(lambda cell: None)
     assert again == left and (same["value"] == rows["value"]).all()
+    assert shard.discard_damaged(measured.config, tmp_path) == []
+
+
+def test_lost_rows_of_a_timeout_are_noticed(measured, tmp_path):
+    measured(lambda cell: (Outcome("timeout", "slow"), {}))
+    csv = tmp_path / "shards" / "shard-0.csv"
+    assert shard.discard_damaged(measured.config, tmp_path) == []
+    csv.with_suffix(".journal").unlink()
+    assert shard.discard_damaged(measured.config, tmp_path) == [csv]
+    assert len(shard.pending(measured.config, tmp_path)) == 2
+
+
+def test_the_journal_of_the_shard_itself_counts(measured, tmp_path):
+    """Another shard's journal may have an older row of a cell, if the number of shards has changed."""
+    measured(lambda cell: (Outcome("timeout", "slow"), {}))
+    own = tmp_path / "shards" / "shard-0.journal"
+    old = own.read_bytes()
+    own.unlink()
+    measured(lambda cell: None)
+    for name in ("shard-1.journal", "a.journal", "z.journal"):
+        own.with_name(name).write_bytes(old)
     assert shard.discard_damaged(measured.config, tmp_path) == []
 
 

@@ -787,6 +787,8 @@ def _dtype(name: str) -> Any:
 def check_study(name: str, settings: Mapping[str, Any]) -> pd.DataFrame:
     """The contract of a study: it has rows, each with a status and reason, and with ``seeds`` and ``calls``.
 
+    No two rows are the same, and ``error`` and ``seconds`` of rows that are ok are finite and not negative.
+
     Args:
         name: of the study.
         settings: its sizes; choose small ones, since the whole study is measured.
@@ -809,6 +811,9 @@ def check_study(name: str, settings: Mapping[str, Any]) -> pd.DataFrame:
         _require(not strange, f"has the statuses {strange}; allowed: {', '.join(statuses)}")
         silent = table[(table["status"] != "ok") & (table["reason"] == "")]
         _require(not len(silent), f"gives no reason for {len(silent)} rows that are not ok")
+        files = importlib.import_module("ntkbench.figures.plotting.files")
+        for row, column, said in files.faults(table, is_grid=False):
+            _require(False, f"row {row + 1}: {column}: {said}")
     return table
 
 

@@ -113,13 +113,14 @@ def _caption(plotted: pd.DataFrame) -> str:
     first, last = _ends(plotted)
     text = (
         "Variance of a pooled trace over that of a per-sample one at equal passes, on held-out images: at least "
-        f"{labels.rounded(plotted['factor'].min())} in {len(plotted)} cases."
+        f"{labels.rounded(plotted['factor'].min())} in all {len(plotted)} cases."
     )
     change = last.set_index(["network", "init"])["factor"] / first.set_index(["network", "init"])["factor"]
     means = {name: math.exp(part.map(math.log).mean()) for name, part in change.groupby("network", sort=False)}
     titles = plotted.drop_duplicates("network").set_index("network")["title"]
     turned = ", ".join(f"{titles[name]} {labels.rounded(value)}" for name, value in means.items())
-    text += f" Training multiplies it by (mean of {len(change) // len(means)} runs each): {turned}."
+    runs = _range(change.groupby("network").count())
+    text += f" Training multiplies it by (mean of {runs} runs each): {turned}."
     seen = plotted[plotted["measured"].notna()]
     if len(seen):
         inside = ((seen["measured_low"] <= seen["factor"]) & (seen["factor"] <= seen["measured_high"])).sum()

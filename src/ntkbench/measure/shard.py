@@ -109,16 +109,18 @@ def pending(config: Config, results: Path) -> list[Cell]:
 def discard_damaged(config: Config, results: Path) -> list[Path]:
     """Remove the tables of shards that are not what their journals say, so that a run writes them again.
 
-    A table is damaged if it cannot be read, has not one row per cell, has a row that differs from that of the journal,
-    or has a measured row that is in no journal. A run measures such a row again; :func:`pending` counts it.
+    A table is damaged if it cannot be read, has not one row per cell of the present configuration, has a row that
+    differs from that of the journal, or has a measured row that is in no journal. A run measures such a row again;
+    :func:`pending` counts it.
 
     Returns:
         the removed files.
     """
-    known = journal.rows_of((results / "shards").glob("*.journal"))
+    journals = list((results / "shards").glob("*.journal"))
     damaged = []
     for number in range(config.shards):
         file = results / "shards" / f"shard-{number}.csv"
+        known = journal.rows_of(sorted(journals, key=file.with_suffix(".journal").__eq__))  # its own counts last
         if file.exists() and not _is_as_kept(file, of_shard(config, number), known):
             file.unlink()
             damaged.append(file)
@@ -130,8 +132,8 @@ def _is_as_kept(file: Path, shard: Sequence[Cell], known: Mapping[tuple[str, str
         table = rows.read(file)
         labels = rows.labels(table)
         keys = list(zip(labels, table["fingerprint"].astype(str), strict=True))
-        measured = table["status"] == outcomes.OK
-    except (KeyError, OSError, ValueError):  # pandas' errors are ValueErrors
+        measured = table["wall_seconds"].notna()
+    except (ArithmeticError, KeyError, OSError, TypeError, ValueError):  # of pandas, if a number is none
         return False
     # Rows of problems that failed, and of cells that are predicted to be slow, are in no journal.
     if sorted(labels) != sorted(cell.label for cell in shard) or any(

@@ -20,7 +20,6 @@ METADATA = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
 """Metadata that differ between runs or versions are left out."""
 GRID = "table.csv"
 """The name of a table of the grid, whose rows are cells; all others are those of studies."""
-KEYED = {True: "cell", False: "row"}
 MEASURES = ["first_call_seconds", *(f"{name}{end}" for name in ("seconds", "error") for end in ("", "_q25", "_q75"))]
 """Columns that are never negative or infinite in rows that are ok."""
 
@@ -37,18 +36,18 @@ def read(table: Path) -> pd.DataFrame:
         raise BadInput(f"{table} is empty, without even a header") from None
     except (OSError, UnicodeDecodeError, pd.errors.ParserError) as error:
         raise BadInput(f"{table} cannot be read as a table: {error}") from None
-    for row, column, said in _faults(found, is_grid=table.name == GRID and {*KEY} <= {*found}):
+    for row, column, said in faults(found, is_grid=table.name == GRID and {*KEY} <= {*found}):
         raise BadInput(f"{table}: row {row + 1}: {column}: {said}")
     return found
 
 
-def _faults(table: pd.DataFrame, *, is_grid: bool) -> Iterator[tuple[int, str, str]]:
+def faults(table: pd.DataFrame, *, is_grid: bool) -> Iterator[tuple[int, str, str]]:
     """Rows, from 0 on, and columns with what no measurement gives, worded for a message."""
     key = [name for name in (*KEY, *base.SETTINGS) if name in table] if is_grid else list(table)
-    for row in np.flatnonzero(table.duplicated(key)):
-        same = table.groupby(key, dropna=False, sort=False).ngroup()
-        first = int(np.argmax(same == same.iloc[row]))
-        yield int(row), ", ".join(key[:5]), f"the same as in row {first + 1}; allowed: each {KEYED[is_grid]} once"
+    same = table.groupby(key, dropna=False, sort=False).ngroup()
+    for row in np.flatnonzero(same.duplicated()):
+        first, what = int(np.argmax(same == same.iloc[row])), "cell" if is_grid else "row"
+        yield int(row), ", ".join(key[:5]), f"the same as in row {first + 1}; allowed: each {what} once"
     if "status" not in table:
         return
     for row in np.flatnonzero(~table["status"].isin(STATUSES)):

@@ -111,9 +111,9 @@ def page(
         if members := [figure for name, figure in shown.items() if labels.group(name) == group]:
             groups[group] = members
     read = {file: files.read(file) for file in tables}
-    table = next((base.checked(found) for file, found in read.items() if file.name == "table.csv"), None)
-    grid = [] if table is None else [(file, table) for file in tables if file.name == "table.csv"][:1]
-    studies = [(file, found) for file, found in read.items() if file.name != "table.csv"]
+    table = next((base.checked(found) for file, found in read.items() if file.name == files.GRID), None)
+    grid = [] if table is None else [(file, table) for file in tables if file.name == files.GRID][:1]
+    studies = [(file, found) for file, found in read.items() if file.name != files.GRID]
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
     return environment.get_template(TEMPLATE.name).render(
         title=title,
@@ -143,7 +143,7 @@ def _below(file: Path, folder: Path | None) -> str:
 
 def _table_name(file: Path) -> str:
     """A table's name, after that of its folder of results: ``default: study novak flops``."""
-    if file.name == "table.csv":
+    if file.name == files.GRID:
         return f"{file.resolve().parent.name}: cells of the grid"
     results = file.resolve().parent.parent if file.parent.name == "studies" else file.resolve().parent
     return f"{results.name}: study {file.stem.replace('_', ' ')}"
