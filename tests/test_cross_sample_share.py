@@ -130,7 +130,7 @@ def test_the_figure_states_the_numbers_of_the_table(table, tmp_path):
     known = table.assign(factor=np.where(table["step"] == 0, 20.0, np.where(table["step"] == 8, 5.0, 10.0)))
     made = figures.draw(NAME, known, tmp_path)
     caption = made[1].read_text()
-    assert "Training multiplies it by (mean of 2 runs each): MLP 0.25, Vision Transformer 0.25" in caption
+    assert "Training multiplies it by (means of 2 runs): MLP 0.25, Vision Transformer 0.25" in caption
     assert "at least 5 in all 12 cases" in caption and "nan" not in caption
     plotted = pd.read_csv(made[0])
     np.testing.assert_allclose(plotted["norm_ratio"], known["norm_ratio"])

@@ -199,6 +199,8 @@ def test_a_requested_level_reaches_the_estimate():
     for more in ({}, {"rtol": 0.5}, {"method": "hutchinson", "passes": 20}):
         found = ntkbench.norm(torch.nn.Linear(3, 2), torch.ones(4, 3), confidence=0.8, **more)
         assert found.confidence == 0.8, more
+    kernel = ntkbench.Kernel(torch.nn.Linear(3, 2), torch.randn(4, 3))
+    assert {each.confidence for each in kernel.metrics(np.eye(8), confidence=0.8).values()} == {0.8}
     assert "80 % in [" in str(found)
 
 

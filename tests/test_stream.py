@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 
@@ -15,6 +16,8 @@ import ntkbench
 from ntkbench import methods
 from ntkbench.errors import BadInput, OverMemory
 from ntkbench.estimate import Estimate
+from ntkbench.operators import interact
+from ntkbench.options import Target
 from ntkbench.problems.base import calls
 from ntkbench.stream import total
 
@@ -109,7 +112,8 @@ class Capacity(nn.Module):
 CROWDED = X[:130].abs() * torch.where(torch.arange(130) < 70, 1 - 2 * (torch.arange(130) % 2), 1)[:, None]
 
 
-def test_samples_that_interact_in_a_later_part_are_joined():
+@pytest.mark.parametrize("memory", [None, 4000])  # with little, certificates compare with passes over two samples
+def test_samples_that_interact_in_a_later_part_are_joined(memory):
     model, loader = seeded(Capacity).double(), DataLoader(TensorDataset(CROWDED), batch_size=70)
     assert not ntkbench.Kernel(model, CROWDED[:70]).problem.samples_interact
     jacobian = [
@@ -117,6 +121,11 @@ def test_samples_that_interact_in_a_later_part_are_joined():
         for f in model(CROWDED).reshape(-1)
     ]
     exact = float(torch.stack(jacobian).square().sum())
+    if memory:
+        assert ntkbench.trace(model, loader, memory=memory).covers(exact, "float64")
+        reverse = {"method": "one_sided_reverse", "passes": 40, "memory": memory}
+        assert ntkbench.trace(model, loader, **reverse).value == ntkbench.trace(model, CROWDED, **reverse).value
+        return
     assert ntkbench.trace(model, loader).value == pytest.approx(exact, rel=1e-10)
     groups = ntkbench.trace(model, loader, parameters={"all": "all.*", "expert": "expert.*"})
     assert sum(each.value for each in groups.values()) == pytest.approx(exact, rel=1e-10)
@@ -132,8 +141,63 @@ def test_samples_that_interact_in_a_later_part_need_a_loader_that_can_be_read_ag
         ntkbench.trace(model, DataLoader(CROWDED, batch_size=70), method="per_sample_trace", passes=20)
 
 
-def test_regression_refuses_other_inputs_that_interact():
-    kernel = ntkbench.Kernel(seeded(Capacity).double(), CROWDED[:70])
+def test_a_loader_with_missing_values_is_read_again():
+    class Masked(Capacity):
+        def forward(self, x):
+            return super().forward(x.nan_to_num())
+
+    model, x = seeded(Masked).double(), CROWDED.clone()
+    x[3, 1] = torch.nan
+    expected = ntkbench.trace(model, x).value
+    assert ntkbench.trace(model, DataLoader(x, batch_size=70)).value == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("samples", [2, 3, 70])
+def test_every_pair_of_samples_that_interact_is_noticed(samples):
+    class Pair(nn.Module):
+        """Two samples, marked by their first entry, see each other."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(INPUTS, 2)
+
+        def forward(self, x):
+            marked = x[:, :1] > 5
+            return self.layer(x) * (1 + marked * (marked.sum() > 1))
+
+    model, target = seeded(Pair).double(), Target(dtype="float64")
+    for one, other in {(0, 1), (0, samples - 1), (samples - 2, samples - 1)}:
+        x = X[:samples].clone().clamp(max=1)
+        problem = ntkbench.from_module(model, x)
+        assert not interact(problem, target)
+        x[[one, other], 0] = 9.0
+        assert interact(dataclasses.replace(problem, x=x.numpy()), target)
+
+
+def test_gradients_that_are_clipped_sample_by_sample_are_no_interaction():
+    class Clip(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h):
+            return h.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g.clamp(-0.5, 0.5)
+
+    class Clipped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(INPUTS, 2)
+
+        def forward(self, x):
+            return Clip.apply(self.layer(x))
+
+    assert not interact(ntkbench.from_module(seeded(Clipped).double(), X), Target(dtype="float64"))
+
+
+@pytest.mark.parametrize("memory", [None, 4000])
+def test_regression_refuses_other_inputs_that_interact(memory):
+    kernel = ntkbench.Kernel(seeded(Capacity).double(), CROWDED[:70], memory=memory)
     with pytest.raises(BadInput, match="samples interact in this network"):
         kernel.regress(CROWDED[70:], torch.ones(70, 3), ridge=0.1)
     assert kernel.regress(CROWDED[:70], torch.ones(70, 3), ridge=0.1).values.shape == (70, 3)

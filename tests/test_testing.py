@@ -257,6 +257,7 @@ def check(monkeypatch, cls: type[Method], name: str, run=testing.check_method, *
         (damaging(lambda module: torch.set_default_dtype(torch.float64)), "changes the default precision"),
         (damaging(lambda module: torch.set_grad_enabled(False)), "changes whether gradients are recorded"),
         (damaging(lambda module: torch.set_num_threads(3)), "changes the number of threads"),
+        (damaging(lambda module: torch.use_deterministic_algorithms(True)), "changes deterministic algorithms"),
         (damaging(run_again), "reports 12.0 passes, but runs the network 10[1-9] times"),
         (Rounding, "instead of .* in float32"),
         (Drifting, "two calls differ"),
@@ -280,7 +281,8 @@ def check(monkeypatch, cls: type[Method], name: str, run=testing.check_method, *
 def test_a_method_that_breaks_its_contract_gets_the_reason(monkeypatch, cls, says):
     def process():
         states = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
-        return *states, torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+        exact = torch.are_deterministic_algorithms_enabled()
+        return *states, torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), exact
 
     before = process()
     with pytest.raises(AssertionError, match=rf"^method 'mine', torch, trace: .*{says}"):

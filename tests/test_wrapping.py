@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 import threading
@@ -124,6 +125,35 @@ class FrozenHalf(nn.Module):
 
 
 MOMENTS = 1.7e9 + 1000 * seeded(lambda: torch.rand(6, 1, dtype=torch.float64))
+
+
+class FrozenHalfOfHalf(FrozenHalf):
+    def forward(self, x):
+        return torch.tanh(self.head(torch.tanh(self.backbone(x)).float()))
+
+
+class OfFineInputs(nn.Module):
+    """A float32 layer of inputs that are used in their own, coarser precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return torch.tanh(self.layer(torch.sin(30 * x).float()))
+
+
+@pytest.mark.parametrize("make", [FrozenHalfOfHalf, OfFineInputs])
+def test_inputs_in_half_precision_keep_it_or_are_refused(make):
+    model = seeded(make)
+    for dtype in (torch.float16, torch.bfloat16):
+        model.backbone = model.backbone.to(dtype) if make is FrozenHalfOfHalf else None
+        x = X.to(dtype)
+        if dtype == torch.float16:
+            torch.testing.assert_close(ntkbench.ntk(model, x).double(), own_theta(model, x), rtol=2e-3, atol=2e-3)
+            continue
+        with pytest.raises(ntkbench.BadInput, match="counts on inputs in bfloat16, which NumPy lacks"):
+            ntkbench.ntk(model, x)
 
 
 def own_theta(model, x):
@@ -546,6 +576,14 @@ def of_global():
     return GLOBAL.gain
 
 
+HELD: list[Gain] = []
+
+
+class ByListOfModels(Gain):
+    def through(self):
+        return HELD[0].gain
+
+
 GLOBAL = Gain()
 
 
@@ -555,11 +593,13 @@ GLOBAL = Gain()
         (lambda: setattr(model := Gain(), "where", weakref.ref(model)) or model, "the attribute 'where'"),
         (ByGlobalVariable, "the method 'through'"),
         (ByFunction, "the method 'found'"),
+        (ByListOfModels, "the method 'through'"),
     ],
 )
 def test_what_copies_would_share_is_refused_if_it_refers_to_the_model(monkeypatch, make, where):
     model = seeded(make)
     monkeypatch.setattr(sys.modules[__name__], "GLOBAL", model)
+    monkeypatch.setattr(sys.modules[__name__], "HELD", [model])
     with pytest.raises(ntkbench.BadInput, match=rf"a function that uses model itself \({where}\)"):
         ntkbench.Kernel(model, X)
 
@@ -634,18 +674,11 @@ class Conditional(nn.Module):
 def test_a_network_with_branches_that_torch_compiles_still_works_afterwards():
     model = seeded(Conditional)
     outputs = model(X).detach()
-    expected = torch.stack(rows_of(model)).square().sum()
+    expected = own_theta(model, X).trace()
     assert ntkbench.trace(model, X).value == pytest.approx(float(expected), rel=1e-5)
     with pytest.raises(ntkbench.BadInput):
         ntkbench.trace(model, X, method="structured_derivatives")
     assert torch.equal(model(X), outputs)
-
-
-def rows_of(model: nn.Module) -> list[torch.Tensor]:
-    """Rows of the Jacobian."""
-    theta = tuple(model.parameters())
-    every = (torch.autograd.grad(f, theta, retain_graph=True) for f in model(X).reshape(-1))
-    return [torch.cat([g.reshape(-1) for g in each]) for each in every]
 
 
 def test_a_proxy_refers_to_the_copy():
@@ -734,19 +767,23 @@ class ReadByParent(nn.Sequential):
         return self[2](self[0](x) - (0 if mean is None else self[1].weight * mean))
 
 
+@pytest.mark.parametrize("new", [False, True])
 @pytest.mark.parametrize(
     ("kind", "kept"),
     [(Fixed, True), (Counted, True), (ReadByParent, True), (Activated, False), (nn.BatchNorm1d, False)],
 )
-def test_running_statistics_in_train_mode_are_kept_if_they_are_read(kind, kept):
-    def make():
+def test_running_statistics_in_train_mode_are_kept_if_they_are_read(kind, kept, new):
+    """Also those of a new layer, 0 and 1, which may have no effect yet."""
+
+    def make(new=False):
         norm = nn.BatchNorm1d(5) if kind is ReadByParent else kind(5)
         outer = kind if kind is ReadByParent else nn.Sequential
         made = outer(nn.Linear(4, 5), norm, nn.Linear(5, 2)).double()
-        norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+        if not new:
+            norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
         return made
 
-    one, other = seeded(make), seeded(make, 1)
+    one, other = seeded(functools.partial(make, new)), seeded(make, 1)
     x = X.double()
     with own_settings("float64"):
         thetas = [explicit(model, x) for model in (one, other)]

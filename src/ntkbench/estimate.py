@@ -127,8 +127,7 @@ class Estimate:
         logarithmic: whether errors are symmetric in the logarithm for any metric, as those of an alignment with y y^T,
             in which only the norm has a standard error.
         kernel: the matrix that the metric is of: Theta, or an approximation such as pNTK ⊗ I_O.
-        confidence: the confidence level that was asked for: that of the printed interval, and of :meth:`interval`
-            unless it is given another.
+        confidence: the requested confidence level, that of the printed interval and, by default, of :meth:`interval`.
     """
 
     value: float

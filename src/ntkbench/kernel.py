@@ -548,8 +548,9 @@ class Kernel:
         It is the mean of a Gaussian process with covariance Theta and noise ``ridge``. The network, linearised at
         its weights and trained on y to convergence, predicts ``f(x') + regress(x', y - f(x))``.
 
-        Cost: that of :meth:`solve`, two passes over each set of inputs to check that samples do not interact, and one
-        pass over each, in float64 if the network runs in float64. No kernel between the two is formed.
+        Cost: that of :meth:`solve`, two plain passes over each set of inputs to check that samples do not interact, one
+        of them sample by sample, and one pass over each, in float64 if the network runs in float64. No kernel between
+        the two is formed.
 
         Source: Jacot, Gabriel, Hongler 2018; Lee et al. 2019, equation 11.
 
@@ -873,7 +874,8 @@ class Kernel:
         value = inner / math.sqrt(square) / math.sqrt(size)
         off = rounding_bound("norm", self._epsilon, max(p.n, p.P), certificate) * trace / math.sqrt(square)
         rounding = off * (1 + abs(value))
-        aligned = Estimate(value, None, spent, "ntk", notes, "alignment", certificate=certificate, rounding=rounding)
+        known: dict[str, Any] = {"certificate": certificate, "rounding": rounding, "confidence": asked.confidence}
+        aligned = Estimate(value, None, spent, "ntk", notes, "alignment", **known)
         return Estimates({**found, "alignment": aligned})
 
     def _rectangles(self) -> list[tuple[slice, slice]]:

@@ -720,7 +720,7 @@ def _computed(
         raise
     for metric, estimate in found.items():
         if not math.isfinite(estimate.value):
-            wider = "" if target.dtype == "float64" else f" {target.dtype}; dtype='float64' has a wider range"
+            wider = "" if target.dtype == "float64" else f" {target.dtype} (dtype='float64' has a wider range)"
             said = f"the {metric} by {method.name} is {estimate.value}: gradients are not finite, or overflow{wider}"
             raise BadInput(said)
     return {metric: replace(estimate, confidence=options.confidence) for metric, estimate in found.items()}

@@ -39,7 +39,7 @@ class Problem:
             or outputs of many time steps.
         fixed_0, fixed_f: values of frozen parameters and buffers that go with ``theta_0`` and ``theta_f``. All others
             keep the module's values.
-        recipe: how ``theta_f`` was trained, and what else tells the problem from others; empty if that is not known.
+        recipe: how ``theta_f`` was trained; empty if that is not known.
         other: another network on inputs of its own, with the same N and O, for the alignment of its kernel with that of
             this one. ``theta_f`` is then its ``theta_0``, and samples interact if they do in either network.
         mixed: whether the precisions of inputs, buffers and frozen parameters are part of the function. They are then
@@ -129,7 +129,10 @@ class Problem:
         """
         own = str(next(iter(self.theta_0.values())).dtype)
         if self.mixed and dtype != own:
-            raise BadInput(f"{self.name} computes in {own} only, as parts of it have precisions of their own")
+            raise BadInput(
+                f"{self.name} computes in {own} only, as it depends on the precision of its inputs, buffers or frozen "
+                "parameters"
+            )
         return None if self.mixed else dtype
 
     def fixed(self, which: str) -> Weights:
@@ -284,16 +287,16 @@ def _behaviour_in_jax(problem: Problem, which: str, parts: Sequence[np.ndarray],
         theta = {key: jnp.asarray(_in(dtype, w)) for key, w in problem.weights(which).items()}
         fixed = {key: jnp.asarray(_in(dtype, w)) for key, w in problem.fixed(which).items()}
 
+        @jax.jit  # else loops are compiled again for each part
+        @jax.value_and_grad
         def value(theta: Mapping[str, Any], x: Any, done: Any) -> Any:
             outputs = forward({**fixed, **theta}, x).reshape(-1)
-            return (jnp.cos(jnp.arange(1, outputs.size + 1) + done) * outputs).sum(), outputs.size
+            return (jnp.cos(jnp.arange(1, outputs.size + 1) + done) * outputs).sum()
 
         total, along, done = 0.0, 0.0, 0
         for part in parts:
-            (found, size), gradients = jax.value_and_grad(value, has_aux=True)(
-                theta, jnp.asarray(_in(dtype, part)), done
-            )
-            total, done = total + float(found), done + size
+            found, gradients = value(theta, jnp.asarray(_in(dtype, part)), done)
+            total, done = total + float(found), done + len(part) * problem.O
             along += sum(
                 float(np.cos(np.arange(1, g.size + 1)) @ np.asarray(g).reshape(-1)) for g in gradients.values()
             )

@@ -41,6 +41,9 @@ def trace(model: Any, loader: Any, setup: Setup, groups: Mapping[str, Any] | Non
     samples turn out to interact in one of several parts, it is read again, and all batches are joined. Memory: three
     parts, and the memory of an estimate of one part.
 
+    Cost: that of the estimates. If they are not certified sample by sample, two plain passes more over each part, one
+    of them sample by sample, check whether samples interact.
+
     Args:
         model, loader: an ``nn.Module`` and a ``DataLoader`` whose batches are its inputs.
         setup: set-up of a :class:`ntkbench.Kernel`.
@@ -95,7 +98,7 @@ def _of_one(kernel: Kernel, groups: Mapping[str, Any] | None, options: Options) 
 
 def _by_part(first: Kernel, parts: Iterator[Any], groups: Mapping[str, Any] | None, options: Options) -> Any:
     """The sum over the first kernel's inputs and other parts; the samples read so far, once some of them interact."""
-    from ntkbench.operators import interact
+    from ntkbench.operators import interact, is_split
 
     kernels = {"": first} if groups is None else first.groups(groups)
     found: dict[str, list[Estimate]] = {name: [] for name in kernels}
@@ -109,10 +112,11 @@ def _by_part(first: Kernel, parts: Iterator[Any], groups: Mapping[str, Any] | No
                 if part is None:
                     raise
                 raise BadInput(f"samples of the DataLoader from index {sum(sizes)} on: {error}") from error
-            # A method for independent samples is certified sample by sample; others say nothing about interaction.
+            # A method for independent samples is certified sample by sample, if a plain pass over them fits in memory.
             each = map(methods.get, estimate.method.split(", "))
             with own._settings():
-                if not all(m.needs_independent_samples for m in each) and interact(own.problem, own._target):
+                seen = all(m.needs_independent_samples for m in each) and not is_split(own.problem, own._target)
+                if not seen and interact(own.problem, own._target):
                     return sum(sizes) + own.problem.N
             found[name].append(estimate)
         sizes.append(own.problem.N)
@@ -141,10 +145,12 @@ def _joined(batches: Iterable[Any]) -> Any:
 
 def _begins_with(inputs: Any, head: Any, least: int) -> bool:
     """Whether inputs have at least this number of samples, the first of which are those of ``head``."""
+    import torch
     from torch.utils._pytree import tree_leaves
 
     rows = [(a, b) for a, b in zip(tree_leaves(inputs), tree_leaves(head), strict=True) if getattr(a, "ndim", 0)]
-    return all(len(a) >= least and bool((a[: len(b)] == b).all()) for a, b in rows)
+    same = [len(a) >= least and torch.isclose(a[: len(b)], b, rtol=0, atol=0, equal_nan=True).all() for a, b in rows]
+    return all(map(bool, same))
 
 
 def _asked(options: Options, part: int = 0) -> OptionKeywords:

@@ -217,7 +217,7 @@ def check_method(name: str, backend: str | None = None, metric: str | None = Non
       With ample memory, later estimates run the network in PyTorch at most once for each pass.
     - An exact method agrees with J written out, in float64, in float32, and with memory for one row at a time, and in
       float64 on a second, larger problem. So does an approximate method that ``computes`` one of :data:`KERNELS`.
-      Values of any other kernel that has no known value differ between the two problems.
+      Values of a kernel that is not among these differ between the two problems.
     - The error of a stochastic method is below six standard errors, in the same four cases.
     - An incremental method gives the same estimate by ``estimates``, which also stops at a tolerance.
     - Exact and stochastic values have a certificate and a bound on their rounding.
@@ -552,6 +552,11 @@ def _unchanged(problem: Problem) -> Iterator[None]:
         functools.partial(random.setstate, random.getstate()),
         functools.partial(torch.set_default_dtype, torch.get_default_dtype()),
         functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()),
+        functools.partial(
+            torch.use_deterministic_algorithms,
+            torch.are_deterministic_algorithms_enabled(),
+            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
     ]
     threads = torch.get_num_threads()
     try:

@@ -134,8 +134,10 @@ class Tracker:
             w.requires_grad_(self._trainable.get(name, w.requires_grad))
         return model
 
-    def table(self, confidence: float = 0.95) -> pd.DataFrame:
+    def table(self, confidence: float | None = None) -> pd.DataFrame:
         """One row for each measured step: ``step``, and for each metric its value and the ends of its interval.
+
+        The confidence level is that of the tracker's estimates unless another is given.
 
         Raises:
             Unavailable: pandas is not installed.

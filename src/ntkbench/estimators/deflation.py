@@ -61,14 +61,19 @@ def orthonormal_complement(rows: Array, q: Array) -> Array:
     return rows
 
 
-def new_directions(rows: Array, q: Array) -> Array:
+def new_directions(rows: Array, q: Array, epsilon: float | None = None) -> Array:
     """Orthonormal rows ``[at most k, n]``: the directions of ``rows [k, n]`` outside the span of the orthonormal ``q``.
 
     Directions that are no larger than the rounding of ``rows`` are left out. They may lie inside the span of ``q``, and
     a basis with them would count it twice.
+
+    Args:
+        rows: the block.
+        q: the basis.
+        epsilon: machine epsilon of ``rows``, if it is not that of their type.
     """
     xp = array_api_compat.array_namespace(rows)
-    least = ROUNDING * arrays.epsilon(rows) * float(xp.linalg.vector_norm(rows))
+    least = ROUNDING * (epsilon or arrays.epsilon(rows)) * float(xp.linalg.vector_norm(rows))
     for smallest in (least, 0.5):  # the second time removes the remainder of rounding, and what consists of it
         if len(rows):
             basis, r = xp.linalg.qr(project_out(rows, q).T)

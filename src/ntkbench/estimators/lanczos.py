@@ -10,6 +10,7 @@ from scipy.special import ndtri
 
 from ntkbench.errors import BadInput
 from ntkbench.estimate import rounding_bound
+from ntkbench.estimators.deflation import new_directions
 from ntkbench.operators import Array, JacobianOperator
 from ntkbench.operators.arrays import asarray_like, epsilon, to_numpy
 from ntkbench.options import check_confidence
@@ -173,7 +174,7 @@ class Density:
             return sign * math.inf
         shares = np.where(seen, (values - least) / (most - least), 0.0)
         share = float((weights * shares).sum())
-        trials = max(share * (1 - share) / self._variance(shares, weights), self._trials)
+        trials = share * (1 - share) / self._variance(shares, weights)
         return self.n * (least + (most - least) * float(_wilson(np.asarray(share), trials, z)))
 
     def _with_rounding(self, value: float, ridge: float, sign: int) -> float:
@@ -308,7 +309,8 @@ def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int
     like = j.basis(0, 1)
     basis, images, vectors = np.empty((0, j.n)), np.empty((0, j.n)), np.empty((0, 0))
     while True:
-        new = _orthonormal(new, basis, epsilon(like) if len(basis) else float(np.finfo(np.float64).eps))
+        lengths = np.linalg.norm(new, axis=1, keepdims=True)
+        new = new_directions(new / np.where(lengths > 0, lengths, 1.0), basis, epsilon(like) if len(basis) else None)
         if len(new) == 0:  # the Krylov space is exhausted
             break
         if len(basis) + len(new) > most:
@@ -337,20 +339,6 @@ def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int
     short = [f"{v:.3g} within {r:.1g}" for v, r, fine in zip(values, residuals, good[:top], strict=True) if not fine]
     notes = (f"rtol={rtol:g} was not reached in {spent:g} passes: {', '.join(short)}",) if short else ()
     return Ritz(values, residuals, vectors[:, :top].T @ basis, following, smallest, rounding(j) * trace, spent, notes)
-
-
-def _orthonormal(rows: np.ndarray, basis: np.ndarray, eps: float) -> np.ndarray:
-    """An orthonormal basis of the part of ``rows`` outside ``basis``, without directions that are only rounding."""
-    size = np.linalg.norm(rows, axis=1, keepdims=True)
-    rows = rows[size[:, 0] > 0] / size[size[:, 0] > 0]
-    for _ in range(2):
-        rows = rows - (rows @ basis.T) @ basis
-    _, scale, made = np.linalg.svd(rows, full_matrices=False)
-    made = made[scale > NOISE * eps * len(made)]
-    for _ in range(2):
-        made = made - (made @ basis.T) @ basis
-        made = np.linalg.qr(made.T)[0].T
-    return made
 
 
 def density(j: JacobianOperator, *, probes: int = 4, steps: int = 30, seed: int = 0) -> Density:

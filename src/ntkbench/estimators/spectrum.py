@@ -15,7 +15,8 @@ from ntkbench.operators.arrays import asarray_like, to_numpy
 from ntkbench.units import counted
 
 PROBES, STEPS = 8, 25
-"""Probes and steps of the density if Theta does not fit: the entropy effective rank then has 7 degrees of freedom."""
+"""Probes and steps of the density if Theta does not fit. The interval of the entropy effective rank has 7 degrees of
+freedom, as it is skewed where few eigenvalues dominate."""
 
 SHARE = 4
 """The density takes at most 1 / ``SHARE`` of the passes."""

@@ -117,7 +117,7 @@ def _caption(plotted: pd.DataFrame) -> str:
     total = plotted["seeds"].sum()
     return (
         "Share of 95 % intervals that contain the exact value, pooled over problems, backends and budgets, for "
-        f"{len(plotted)} pairs of method and metric (and group of effective ranks). Bars: Wilson's 95 % intervals. "
+        f"{len(plotted)} pairs of method and metric. Bars: Wilson's 95 % intervals. "
         f"{inside} pairs are within the target of {100 * TARGET[0]:.0f} to {100 * TARGET[1]:.0f} %; for {outside} the "
         f"whole bar is outside. Overall, {_held(plotted):.1f} % of {int(total)} intervals contain the value."
     )

@@ -112,7 +112,7 @@ def _title(plotted: pd.DataFrame) -> str:
 def _caption(plotted: pd.DataFrame) -> str:
     first, last = _ends(plotted)
     text = (
-        "Variance of a pooled trace over that of a per-sample one at equal passes, on held-out images: at least "
+        "Variance of a pooled trace over a per-sample one at equal passes, on held-out images: at least "
         f"{labels.rounded(plotted['factor'].min())} in all {len(plotted)} cases."
     )
     change = last.set_index(["network", "init"])["factor"] / first.set_index(["network", "init"])["factor"]
@@ -120,7 +120,7 @@ def _caption(plotted: pd.DataFrame) -> str:
     titles = plotted.drop_duplicates("network").set_index("network")["title"]
     turned = ", ".join(f"{titles[name]} {labels.rounded(value)}" for name, value in means.items())
     runs = _range(change.groupby("network").count())
-    text += f" Training multiplies it by (mean of {runs} runs each): {turned}."
+    text += f" Training multiplies it by (means of {runs} runs): {turned}."
     seen = plotted[plotted["measured"].notna()]
     if len(seen):
         inside = ((seen["measured_low"] <= seen["factor"]) & (seen["factor"] <= seen["measured_high"])).sum()

@@ -26,6 +26,7 @@ __all__ = [
     "device_memory",
     "device_name",
     "interact",
+    "is_split",
     "linearise",
     "plain_gradient",
     "reset_device_memory",
@@ -79,18 +80,29 @@ def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequen
 
 
 def interact(problem: Problem, target: Target) -> bool:
-    """Whether the gradients of samples alone differ from those over the whole batch, at theta_0.
+    """Whether the gradients of samples alone do not add up to that over the whole batch, at theta_0.
 
     ``problem.samples_interact`` is measured on a few samples of the first inputs; this compares all samples.
 
-    Cost: two passes, as for the certificate of per-sample products.
+    Cost: the operations of two plain passes over all samples, whatever the target's memory; one of them takes the
+    samples one by one. In JAX, two passes of per-sample gradients, and a plain one.
     """
+    if problem.module is not None:
+        return bool(_backend("torch").interact(problem, target))
     j = linearise(problem, "theta_0", target)
     try:
         j.sample_vjp(slice(0, 1), j.basis(0, 1)[:, : j.O].reshape(1, 1, j.O))
     except Uncertified:
         return True
     return False
+
+
+def is_split(problem: Problem, target: Target) -> bool:
+    """Whether certificates compare with plain passes over parts of the batch, as all of it takes too much memory.
+
+    Interaction between the parts is then not seen.
+    """
+    return problem.module is not None and bool(_backend("torch").is_split(problem, target))
 
 
 def declares(module: Any) -> bool:

@@ -37,7 +37,7 @@ def check(difference: float, epsilon: float) -> None:
         raise Uncertified(
             f"its gradient differs from that of plain autograd by {difference:.1e} of its norm"
             if math.isfinite(difference)
-            else "its gradient is not finite"
+            else "its gradient is not finite, or its square overflows"
         )
 
 

@@ -40,7 +40,7 @@ class PlainNetwork:
                 leaf.copy_(value)
 
     @torch.enable_grad()
-    def gradient(self, x: Tensor, v: Tensor, memory: int | None = None) -> list[Tensor]:
+    def gradient(self, x: Tensor, v: Tensor, memory: int | None = None, *, samples: int | None = None) -> list[Tensor]:
         """The gradient of <v, f(x)> with respect to each parameter; 1 pass.
 
         Args:
@@ -48,17 +48,22 @@ class PlainNetwork:
             v: cotangent with ``N O`` entries, sample-major.
             memory: bytes of the values that autograd saves, and of this network's parameters and their gradients. A
                 batch that takes more is split into parts of at least two samples; its samples must not interact.
+            samples: number of samples of a part, in place of what the memory allows.
         """
-        samples = len(x)
-        if memory is not None and samples > 2:
-            own = 2 * sum(leaf.nbytes for leaf in self._leaves)
-            samples = max(2, (memory - own) // max(1, self._saved_bytes(x[:1])))
+        samples = samples or self.together(x, memory)
         self._clear()
         v = v.reshape(len(x), -1)
         for start in range(0, len(x), samples):
             where = slice(start, start + samples)
             self._accumulate(*self._called(x[where]), v[where], retain=False)
         return self._accumulated()
+
+    def together(self, x: Tensor, memory: int | None) -> int:
+        """Number of samples of a part in :meth:`gradient`."""
+        if memory is None or len(x) <= 2:
+            return len(x)
+        own = 2 * sum(leaf.nbytes for leaf in self._leaves)
+        return max(2, min(len(x), (memory - own) // max(1, self._saved_bytes(x[:1]))))
 
     def _saved_bytes(self, x: Tensor) -> int:
         """Bytes of the values that autograd saves in a forward pass, without the parameters."""

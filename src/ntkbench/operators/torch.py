@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ntkbench.errors import BadInput, Unavailable
 from ntkbench.modules import cast, copied, frozen, load, with_values
-from ntkbench.operators import arrays
+from ntkbench.operators import arrays, certificate
 from ntkbench.operators.base import JacobianOperator, Rng
 from ntkbench.operators.memory import free_on_host
 from ntkbench.operators.plain import PlainNetwork, flat, saved_bytes
@@ -58,17 +58,38 @@ def _conversion(problem: Problem, target: Target) -> torch.dtype | None:
 
 def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[..., Tensor]:
     """v ``[n]``, an array of any library, -> J^T v ``[P]`` by plain autograd, parameters in the order of ``names``."""
-    _, parameters, x = network(problem, weights, target)
-    # Not a copy of the module that products call, because a transform may leave its tensors in that one's attributes.
-    module = cast(copied(problem.network), _conversion(problem, target), x.device)
-    values = {name: parameters[name] for name in names}
-    plain = PlainNetwork(load(module, problem.fixed(weights)), values, owned=True)
+    plain, x = _plain(problem, weights, target, names)
 
     def gradient(v: Any, memory: int | None = None) -> Tensor:
         v = v if isinstance(v, Tensor) else torch.from_numpy(np.array(v)).to(x.device)
         return flat(plain.gradient(x, v, memory))
 
     return gradient
+
+
+def _plain(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> tuple[PlainNetwork, Tensor]:
+    _, parameters, x = network(problem, weights, target)
+    # Not a copy of the module that products call, because a transform may leave its tensors in that one's attributes.
+    module = cast(copied(problem.network), _conversion(problem, target), x.device)
+    values = {name: parameters[name] for name in names}
+    return PlainNetwork(load(module, problem.fixed(weights)), values, owned=True), x
+
+
+def interact(problem: Problem, target: Target) -> bool:
+    """Whether the gradients of samples alone do not add up to that over the whole batch."""
+    plain, x = _plain(problem, "theta_0", target, list(problem.theta_0))
+    v = certificate.random_weights(problem.n, x.new_empty(0, dtype=getattr(torch, target.dtype)))
+    try:
+        whole, alone = (flat(plain.gradient(x, v, samples=samples)) for samples in (None, 1))
+    except Exception:  # a layer that takes no single sample; any other failure is reported where samples are joined
+        return True
+    return not certificate.distance(alone, whole) <= certificate.tolerance(arrays.epsilon(whole))
+
+
+def is_split(problem: Problem, target: Target) -> bool:
+    """Whether a plain pass over all samples takes more than the target's memory, and is split."""
+    plain, x = _plain(problem, "theta_0", target, list(problem.theta_0))
+    return plain.together(x, target.memory) < len(x)
 
 
 def device(target: Target) -> torch.device:

@@ -113,7 +113,7 @@ def load(label: str) -> Problem:
         outputs=definition.outputs,
         fixed_0=fixed_0,
         fixed_f=fixed_f,
-        recipe=str(definition.training or "") + definition.identity,
+        recipe=str(definition.training or ""),
     )
 
 

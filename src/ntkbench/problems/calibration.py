@@ -72,7 +72,7 @@ def small_wide_head(N: int = SAMPLES) -> Definition:
 
 @problem
 def small_interacting(N: int = SAMPLES) -> Definition:
-    """8-8-8-272 ReLU MLP with batch statistics in hidden layers, so samples interact; otherwise ``small_mlp``."""
+    """8-8-8-272 ReLU MLP with batch statistics, so samples interact; otherwise as ``small_mlp``."""
     import torch
     from torch import nn
 

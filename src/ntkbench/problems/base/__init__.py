@@ -35,7 +35,6 @@ class Definition:
         outputs: see :class:`Problem`.
         part: the network whose NTK is computed, if it is not the whole trained network. Its parameters are some of
             those of ``module``; theta consists of those that require a gradient.
-        identity: what else tells the problem from others, besides its tensors and what it computes on a few samples.
     """
 
     module: nn.Module
@@ -45,7 +44,6 @@ class Definition:
     samples_interact: bool = False
     outputs: Literal["logits", "states"] = "logits"
     part: nn.Module | None = None
-    identity: str = ""
 
     def __post_init__(self) -> None:
         if not (self.training is None or isinstance(self.training, Training)):

@@ -71,8 +71,8 @@ def _refers(value: Any, layers: set[int]) -> bool:
     if not isinstance(value, types.FunctionType):
         return False
     own = _inside(value)
-    callables = (types.FunctionType, types.MethodType, functools.partial, weakref.ref)
-    return any(id(each) in layers for each in own + [v for f in own if isinstance(f, callables) for v in _inside(f)])
+    kinds = (types.FunctionType, types.MethodType, functools.partial, weakref.ref, dict, list, tuple)
+    return any(id(each) in layers for each in own + [v for f in own if isinstance(f, kinds) for v in _inside(f)])
 
 
 def _methods(layer: nn.Module) -> list[Any]:

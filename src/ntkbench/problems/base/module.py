@@ -47,7 +47,7 @@ CALLS = 8
 """Calls that must agree for a network in eval mode that draws random numbers."""
 
 ROUNDINGS = 64
-"""Machine epsilons by which gradients in two precisions may differ if neither needs a conversion."""
+"""Machine epsilons by which a conversion of inputs, buffers and frozen parameters may change a gradient."""
 
 SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -88,7 +88,8 @@ def from_module(
     pass over all samples, 64 at a time. If samples interact, or the network accepts no other number of them, forward
     passes are over all samples at once. For ``model_f`` see :func:`at`. A network that draws random numbers in eval
     mode takes ten forward passes instead of four. Norm layers in train mode take four forward and two backward passes
-    more over all samples, to check that no code reads their running statistics.
+    more over all samples, to check that no code reads their running statistics. Parts of another precision than
+    ``dtype`` take two forward and two backward passes more over all samples, and a forward pass over 64.
 
     >>> import torch, ntkbench
     >>> problem = ntkbench.from_module(torch.nn.Linear(3, 2), torch.ones(4, 3))
@@ -111,8 +112,8 @@ def from_module(
     Raises:
         BadInput: the model has no trainable parameters, is random or keeps a state from call to call; one of its hooks
             uses the model in place of its arguments; rounding to a coarser ``dtype`` changes its gradients by more than
-            rounding should; its outputs are not N rows of finite real numbers that depend on
-            its parameters; or ``model_f`` differs from it in more than values.
+            rounding errors; its outputs are not N rows of finite real numbers that depend on its parameters; or
+            ``model_f`` differs from it in more than values.
     """
     _check_inputs(x)
     dtype = _dtype(model, dtype)
@@ -446,8 +447,8 @@ def _snapshot(model: nn.Module, role: str) -> nn.Module:
     net = copied(model, role)
     if where := captured.shared(net.model if isinstance(net, Calling) else net, own):
         raise BadInput(
-            f"{role} has a function that uses {role} itself ({where}), which copies would share: let it use its "
-            "arguments, or make it a method"
+            f"{role} has a function that uses {role} itself ({where}), or a weak reference to it, which copies would "
+            "share: use self or the function's arguments instead"
         )
     return net
 
@@ -467,10 +468,14 @@ def _without_unused_statistics(net: nn.Module, x: Tensor) -> nn.Module:
     bare = _without_statistics(net)
     if len(list(bare.buffers())) == len(list(net.buffers())):
         return net
-    theta = _trainable(net)
+    theta, other = _trainable(net), copied(net)
+    with torch.no_grad():
+        for key, b in other.named_buffers():
+            if key not in dict(bare.named_buffers()):  # statistics of a new layer, 0 and 1, may have no effect
+                b.mul_(2).add_(1)
     try:
-        outputs = _Call(copied(net), x, 0).outputs
-        expected = _gradient(net, theta, x, outputs, "the model", together=False)
+        outputs = _Call(copied(other), x, 0).outputs
+        expected = _gradient(other, theta, x, outputs, "the model", together=False)
     except Exception:  # a later check reports it
         return net
     try:
@@ -510,7 +515,8 @@ def _in_precision(
 
     A network computes another function if code in it counts on the precision of inputs, buffers or frozen parameters,
     such as time stamps in float64. This is tested by the gradient of a random combination of all outputs before and
-    after the conversion: in the precision of theta up to a few roundings, since then nothing needs to be converted.
+    after the conversion. If theta has this precision already, more than a few roundings mean that the other parts keep
+    theirs.
 
     Args:
         kept: keep the precisions of a network whose theta has this precision, without a test.
@@ -520,19 +526,19 @@ def _in_precision(
     """
     real = getattr(torch, dtype)
     x = x.detach().clone().to(next(net.parameters()).device)
-    x = x.float() if x.dtype == torch.bfloat16 else x  # NumPy has no bfloat16
     own = {w.dtype for w in _trainable(net).values()}
     if kept and own == {real}:
         return net, x, True
     made, converted = cast(copied(net), real), x.to(real) if x.is_floating_point() else x
-    finer = [t for t in (x, *net.parameters(), *net.buffers()) if torch.finfo(real).eps > _eps(t)]
     same = own == {real}
-    if not (finer or (same and any(_eps(t) > torch.finfo(real).eps for t in (*net.parameters(), *net.buffers())))):
+    if not any(same or torch.finfo(other).eps < torch.finfo(real).eps for other in _others(net, x, real)):
         return made, converted, False
     for given, inputs in ((net, x), (_with_converted_inputs(net, real), converted)):
+        if not _others(given, inputs, real):
+            break
         try:
             with own_settings(str(next(iter(own)) if len(own) == 1 else real).removeprefix("torch.")):
-                outputs = _Call(copied(given), inputs, 0).outputs
+                outputs = _few_outputs(given, inputs)
                 expected = _gradient(given, _trainable(given), inputs, outputs, role, together=False).to(real)
         except Exception:  # it does not take inputs of this precision, or a later check reports what is wrong
             continue
@@ -542,15 +548,35 @@ def _in_precision(
             )
         except Exception:  # code in it does not run in this precision
             off = np.inf
+        if same and off <= ROUNDINGS * torch.finfo(real).eps:
+            return made, converted, False
+        if same and inputs.dtype == torch.bfloat16:
+            raise BadInput(
+                f"{role} counts on inputs in bfloat16, which NumPy lacks: pass float32, and convert in forward"
+            )
         if same:
-            return (made, converted, False) if off <= ROUNDINGS * torch.finfo(real).eps else (given, inputs, True)
+            return given, inputs, True
         if not off <= max(*map(_eps, _trainable(net).values()), torch.finfo(real).eps) ** 0.5:
-            how = "it does not run there" if off == np.inf else f"they differ by {off:.1e} of their norm"
+            how = "it fails or overflows there" if off == np.inf else f"they differ by {off:.1e} of their norm"
             raise BadInput(
                 f"{role} has other gradients in {dtype} than in its own precision ({how}): compute in that one"
             )
         break
     return made, converted, False
+
+
+def _others(net: nn.Module, x: Tensor, real: torch.dtype) -> set[torch.dtype]:
+    """Precisions of a network and its inputs, except one."""
+    tensors = (x, *net.parameters(), *net.buffers())
+    return {t.dtype.to_real() for t in tensors if t.is_floating_point() or t.is_complex()} - {real}
+
+
+def _few_outputs(net: nn.Module, x: Tensor) -> Tensor:
+    """f of 64 samples, or of all if the network accepts no fewer."""
+    with torch.no_grad():
+        with contextlib.suppress(Exception):
+            return _Call(copied(net), x[:TOGETHER], 0).outputs
+        return _Call(copied(net), x, 0).outputs
 
 
 def _eps(t: Tensor) -> float:
