@@ -42,9 +42,14 @@ SMALL = ("tanh_net", "digits_conv[N=3]", "gru_hazelden[N=2,T=2]", "mlp_hazelden[
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, so that parallel workers finish together."""
-    longest = ("test_kills.py", "test_misbehaviour.py", "test_pipeline.py", "test_calibration.py")
-    items.sort(key=lambda item: item.path.name not in longest)
+    """Put the longest files first, so that parallel workers finish together.
+
+    Those that start many processes come after the very longest one, beside which they run in turn.
+    """
+    longest = ("methods", "pipeline", "kills", "misbehaviour", "zoo", "function", "calibration", "working_memory")
+    longest += ("figures", "studies", "kernel", "wide_head", "structured", "neural_tangents", "auto")
+    rank = {f"test_{name}.py": place for place, name in enumerate(longest)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 def mostly_slow(cases: Iterable[Any], quick: int | Collection[Any]) -> list[Any]:

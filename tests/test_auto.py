@@ -17,7 +17,7 @@ import ntkbench
 from ntkbench import ladder, methods, operations, problems
 from ntkbench.errors import NtkbenchError
 from ntkbench.methods.base import WORTH, Incremental
-from ntkbench.options import Target
+from ntkbench.options import Options, Target
 from ntkbench.problem import Problem
 
 SEEDS = 5
@@ -188,7 +188,7 @@ def test_a_tolerance_never_takes_many_more_passes_than_the_exact_value(name, rto
     exact = cheapest(kernel, other, metric)
     looks = [
         method.cost(metric, method.probes_to_decide(kernel.problem, metric))
-        for method in map(methods.get, ladder._estimators(kernel.problem, metric, TARGET))
+        for method in map(methods.get, ladder._estimators(kernel.problem, metric, TARGET, Options(rtol=rtol)))
         if isinstance(method, Incremental)
     ]
     assert found.passes <= (1 + WORTH) * exact + looks[0]
@@ -294,7 +294,7 @@ def test_many_probes_are_worthwhile_for_group_statistics_only_with_many_trials(N
 
 
 def test_recurrent_networks_switch_to_pooled_probes_if_group_statistics_need_many():
-    problem, target = recurrent(8), Target(device="cpu")
+    problem, target = recurrent(40), Target(device="cpu")
     kernel = ntkbench.Kernel(problem.network, torch.from_numpy(problem.x))
     loose = kernel.norm(rtol=0.5)
     assert loose.method == "group_u_statistics" and not loose.notes
@@ -308,6 +308,17 @@ def test_recurrent_networks_switch_to_pooled_probes_if_group_statistics_need_man
     assert bounded.passes <= 64 and not any("without inner products" in note for note in bounded.notes)
     exact = ladder.exact_methods(problem, "norm", target)
     assert min(exact.values()) > min(ladder.exact_methods(problem, "trace", target).values())
+
+
+@pytest.mark.parametrize("metric", ["norm", "effective_rank"])
+def test_recurrent_networks_with_few_trials_begin_with_pooled_probes(metric):
+    problem = recurrent(8)
+    kernel = ntkbench.Kernel(problem.network, torch.from_numpy(problem.x))
+    found = getattr(kernel, metric)(rtol=0.3)
+    assert found.method == "hutchinson" and not found.notes
+    assert found.covers(getattr(kernel, metric)(method="structured_derivatives").value, "float32")
+    assert getattr(kernel, metric)(passes=40).method == "group_u_statistics"
+    assert kernel.trace(rtol=0.3).method == "per_sample_trace"
 
 
 def test_an_abandoned_method_is_resumed_if_the_next_one_needs_far_more(monkeypatch):

@@ -254,6 +254,21 @@ def test_wrong_products_are_detected_where_right_ones_cancel(monkeypatch, wrong,
         j.ntk(u[:probes])
 
 
+@pytest.mark.parametrize("wrong", ["_vjp", "_jvp"])
+@pytest.mark.parametrize("probes", [1, 3])
+def test_products_that_are_zero_show_nothing(monkeypatch, wrong, probes):
+    """Signs that cancel, and tangents of zeros."""
+    made = lambda: linearise(from_module(OneParameter(), torch.ones(6, 4, 1)), "theta_0", FLOAT64)  # noqa: E731
+    j = made()
+    zeros = torch.tensor([1.0, -1.0]).repeat(12)[None].repeat(probes, 1) if wrong == "_vjp" else torch.zeros(probes, 1)
+    zeros = zeros.double()
+    assert float(getattr(j, wrong[1:])(zeros).abs().max()) == 0
+    right = getattr(type(j), wrong)
+    monkeypatch.setattr(type(j), wrong, lambda self, rows: 1.5 * right(self, rows))
+    with pytest.raises(Uncertified, match=f"{wrong[1:]} products: its gradient differs"):
+        getattr(made(), wrong[1:])(zeros)
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.5])
 def test_jvps_are_certified_by_cotangents_that_do_not_cancel(monkeypatch, factor):
     j, u = of_one_parameter()

@@ -342,8 +342,14 @@ def test_sketches_that_lack_a_few_directions_are_covered(name, short):
     assert 0.87 <= found <= 1
 
 
-SINGLE = [(m.name, metric) for m in map(methods.get, methods.names()) if m.kind == "stochastic" for metric in m.metrics]
-"""Stochastic methods and their metrics."""
+SINGLE = [
+    (m.name, metric, backend)
+    for m in map(methods.get, methods.names())
+    if m.kind == "stochastic"
+    for backend in m.backends
+    for metric in (m.metrics if backend == m.backends[0] else m.metrics[-1:])
+]
+"""Stochastic methods and their metrics; only the last one in JAX: ``test_function.py`` estimates all of them there."""
 SKETCHES = (
     *("xtrace", "xnystrace", "xnystrace_forward", "nystrompp", "nystrom_loo"),
     *("hutchpp", "hutchpp_paper", "hutchpp_one_sided", "hutchpp_adaptive", "hutchpp_adaptive_forward"),
@@ -358,7 +364,7 @@ def trusted(e: Estimate, exact: float) -> bool:
     return within or abs(e.value - exact) <= 6 * (e.standard_error or 0.0) + 1e-4 * abs(exact)
 
 
-LOW_RANK = [(name, metric) for name, metric in SINGLE if name in SKETCHES]
+LOW_RANK = [(name, metric) for name, metric, backend in SINGLE if name in SKETCHES and backend == "torch"]
 LEAVE_ONE_OUT = [(name, metric) for name, metric in LOW_RANK if name.startswith("x") or name == "nystrom_loo"]
 
 
@@ -422,8 +428,7 @@ def convolutions(metric: str) -> float:
     return method.estimate(method.prepare(problem, Target(dtype="float64", device="cpu")), metric).value
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
-@pytest.mark.parametrize(("name", "metric"), SINGLE)
+@pytest.mark.parametrize(("name", "metric", "backend"), SINGLE)
 @pytest.mark.slow
 def test_stochastic_methods_have_valid_errors_in_float32_with_as_many_probes_as_outputs(name, metric, backend):
     """On a network, with 40 outputs; a standard error of 0 means that the value is exact."""

@@ -18,7 +18,7 @@ from ntkbench.ambient import own_jax_settings
 from ntkbench.errors import BadInput
 from ntkbench.layerwise import sample_kernels
 from ntkbench.metrics import METRICS
-from ntkbench.operators import check_result, jax_kernel, linearise, neural_tangents, programs
+from ntkbench.operators import certificate, check_result, jax_kernel, linearise, neural_tangents, programs
 from ntkbench.operators.certificate import Uncertified
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -671,6 +671,43 @@ def test_a_closure_that_changes_a_small_output_or_few_samples_is_traced_again():
     assert forwards[0] == forwards[3] and len(set(forwards)) == 3
 
 
+def test_a_function_that_changes_few_samples_is_traced_again_at_other_parameters():
+    outside, x = {"scale": 1.0}, np.random.default_rng(0).uniform(-1, 0, (40, 3))
+    x[17, 0] = 5
+    f = lambda p, x: jnp.where(x[:, :1] > 1, outside["scale"], 1.0) * jnp.tanh(x @ p["w"])  # noqa: E731
+    kernel = ntkbench.Kernel(f, x, params={"w": np.ones((3, 1))})
+    unchanged = kernel.at({"w": np.full((3, 1), 2.0)})
+    assert unchanged.problem.jax_forward == kernel.problem.jax_forward
+    kernel.trace(method="nt_jacobian_contraction")
+    outside["scale"], params = 100.0, {"w": np.full((3, 1), 0.5)}
+    J = jacobian(f, x, params)
+    assert float(kernel.at(params).trace(method="nt_jacobian_contraction")) == pytest.approx((J**2).sum(), rel=1e-9)
+    outside["scale"] = None
+    with pytest.raises(BadInput, match="f cannot be differentiated at these parameters"):
+        kernel.at(params)
+
+
+def test_wrong_kernels_of_equal_samples_are_detected(monkeypatch):
+    """The quadratic form of a kernel of equal rows is zero for signs that cancel."""
+    signs = certificate.random_signs(64, np.empty(0))
+    N = 1 + int(np.flatnonzero(np.cumsum(signs) == 0)[0])
+    x, params = np.repeat(rows(3)(1), N, 0), {"w": rng().standard_normal((3, 1))}
+    J = jacobian(linear, x, params)
+    for metric, method in (("trace", "nt_jacobian_contraction"), ("norm", "nt_structured_derivatives")):
+        found = getattr(ntkbench, metric)(linear, x, params=params, method=method)
+        assert float(found) == pytest.approx(metrics_of(J @ J.T)[metric], rel=1e-5)
+    problem, original = from_function(linear, x, params), programs.kernel_function
+
+    def wrong(*arguments):
+        kernel = original(*arguments)
+        return lambda weights, x1, x2=None: 3 * kernel(weights, x1, x2)
+
+    monkeypatch.setattr(programs, "kernel_function", wrong)
+    for directions in (None, np.eye(1)):
+        with pytest.raises(Uncertified):
+            jax_kernel.structured_derivatives(problem, None, directions, False, TARGET)
+
+
 def test_a_function_with_a_comparison_that_fails_is_unlike_all_others():
     @dataclasses.dataclass
     class Scaled:
@@ -682,7 +719,7 @@ def test_a_function_with_a_comparison_that_fails_is_unlike_all_others():
         def __call__(self, params, x):
             return linear(params, x) * self.scale
 
-    for scale in (2.0, 3.0):
+    for scale in (2.0, 2.0, 3.0):  # equal traces have equal hashes, so the first two are compared
         f = Scaled(np.array([scale, 1.0]))
         J = jacobian(f, X, W)
         assert close(ntkbench.ntk(f, X, params=W), J @ J.T)
@@ -766,9 +803,45 @@ def test_solutions_are_of_the_function_in_its_own_precision():
 
 def test_a_function_that_is_another_one_in_the_precision_asked_for_is_refused():
     (x,) = in_float32(rows(3)(5))
-    with pytest.raises(BadInput, match="another function in float64 than in float32, the precision of its parameters"):
+    with pytest.raises(BadInput, match="something else in float64 than in float32, the precision of its arguments"):
         from_function(dropped, x, dropped_params(), dtype="float64")
     from_function(dropped, x, jax.tree.map(np.float64, dropped_params()))
+
+
+STAMPS = 1.7e9 + 40.0 * np.arange(8)[:, None]
+"""Time stamps, which float32 rounds to multiples of 128."""
+
+
+def since(params, x):
+    return jnp.tanh((x - params["start"]) / 100 * params["w"])
+
+
+def since_a_constant(params, x):
+    return jnp.tanh((x - 1.7e9) / 100 * params["w"])
+
+
+def test_precisions_that_round_the_arguments_of_a_function_are_refused():
+    """Parameters and inputs are compared before they are rounded."""
+    start = {"start": np.array([1.7e9])}
+    wide, narrow = ({"w": np.ones(1, dtype)} for dtype in ("float64", "float32"))
+    for f, params in ((since_a_constant, wide), (since, wide | start), (since, narrow | start)):
+        with pytest.raises(BadInput, match="something else in float32 than in float64, the precision of its arguments"):
+            from_function(f, STAMPS, params, dtype="float32")
+    mixed = ntkbench.ntk(since, STAMPS, params=narrow | start, dtype="float64")
+    assert close(mixed, ntkbench.ntk(since, STAMPS, params=wide | start))
+    with jax.enable_x64(True), pytest.raises(BadInput, match="something else in float32 than in float64"):
+        from_function(since_a_constant, STAMPS, narrow)
+    assert from_function(since_a_constant, STAMPS, narrow).x.dtype == "float32"  # as JAX itself rounds
+
+
+@pytest.mark.parametrize("N", [2, 6, 8])
+def test_gradients_that_random_signs_cancel(N):
+    """J is a column of ones."""
+    f = lambda params, x: jnp.tanh(x) + params["b"]  # noqa: E731
+    x, params = np.arange(float(N))[:, None], {"b": np.zeros(1)}
+    assert not from_function(f, x, params).samples_interact
+    for dtype in ("float32", "float64"):
+        assert close(ntkbench.ntk(f, x, params=params, dtype=dtype), np.ones((N, N)), 1e-6)
 
 
 def test_interaction_is_measured_in_a_precision_with_the_same_function():

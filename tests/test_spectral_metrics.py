@@ -185,7 +185,7 @@ def test_products_give_the_largest_eigenvalue_to_within_their_residual(backend):
     assert more.standard_error <= method.rtol * truth and more.interval()[1] >= truth
 
 
-@pytest.mark.parametrize("passes", mostly_slow([32, 640, 64], 1))
+@pytest.mark.parametrize("passes", mostly_slow([32, 640], 1))
 def test_intervals_of_the_entropy_effective_rank_by_products_cover_it(passes):
     problem, method = decaying(), methods.get("block_lanczos")
     truth = by_definition(kernel(problem))["entropy_effective_rank"]
@@ -195,7 +195,7 @@ def test_intervals_of_the_entropy_effective_rank_by_products_cover_it(passes):
     assert np.mean(inside) > 0.8 and {each.degrees for each in found} == {11 if passes == 640 else 7}
     assert max(each.passes for each in found) <= passes
     errors = [abs(each.value / truth - 1) for each in found]
-    assert np.median(errors) < {32: 0.2, 64: 0.2, 640: 0.06}[passes]
+    assert np.median(errors) < {32: 0.2, 640: 0.06}[passes]
 
 
 def test_products_give_no_condition_number_and_no_moment():

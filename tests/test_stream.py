@@ -17,6 +17,7 @@ from ntkbench import methods
 from ntkbench.errors import BadInput, OverMemory
 from ntkbench.estimate import Estimate
 from ntkbench.operators import interact
+from ntkbench.operators.plain import PlainNetwork
 from ntkbench.options import Target
 from ntkbench.problems.base import calls
 from ntkbench.stream import total
@@ -201,6 +202,17 @@ def test_regression_refuses_other_inputs_that_interact(memory):
     with pytest.raises(BadInput, match="samples interact in this network"):
         kernel.regress(CROWDED[70:], torch.ones(70, 3), ridge=0.1)
     assert kernel.regress(CROWDED[:70], torch.ones(70, 3), ridge=0.1).values.shape == (70, 3)
+
+
+def test_a_pass_that_does_not_fit_is_no_interaction(monkeypatch):
+    kernel = ntkbench.Kernel(seeded(Capacity).double(), CROWDED[:20])
+
+    def full(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(PlainNetwork, "gradient", full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        interact(kernel.problem, Target(dtype="float64"))
 
 
 def test_batches_that_do_not_fit_together_are_refused_in_one_line(monkeypatch):

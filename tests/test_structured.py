@@ -289,11 +289,11 @@ def test_convolutions_of_several_images_of_a_sample(kind, memory):
 
 @settings(max_examples=25)
 @given(
-    sizes=st.lists(st.integers(1, 6), min_size=2, max_size=5),
-    N=st.integers(1, 7),
+    sizes=st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    N=st.integers(1, 5),
     positions=st.integers(0, 3),
     bias=st.booleans(),
-    memory=st.integers(1, 40_000),
+    memory=st.integers(1, 20_000),
 )
 @pytest.mark.slow
 def test_linear_networks_of_all_shapes_in_any_memory(sizes, N, positions, bias, memory):

@@ -257,7 +257,7 @@ def check_computed_otherwise(model: nn.Module, x: torch.Tensor = TOKENS) -> None
     assert found.value == pytest.approx(float(explicit(model, x).norm()), rel=1e-10)
 
 
-@pytest.mark.parametrize("kind", mostly_slow(NOT_HEADS, {"a factor", "a weight that is used twice"}))
+@pytest.mark.parametrize("kind", ["a factor", "a weight that is used twice"])
 def test_networks_with_other_last_operations_are_computed_otherwise(kind):
     apply, _ = NOT_HEADS[kind]
     check_computed_otherwise(seeded(lambda: Own(apply, D, 10, bias=True)).eval())
@@ -619,7 +619,7 @@ def test_tied_weights_that_are_no_head_are_refused(says, make):
         methods.get("wide_head").prepare(from_module(model, x, dtype="float64"), Target("torch", "float64", "cpu"))
 
 
-@pytest.mark.parametrize(("says", "make"), mostly_slow(NO_TIED_HEADS, 1))
+@pytest.mark.parametrize(("says", "make"), list(NO_TIED_HEADS)[:1])
 def test_networks_with_tied_weights_that_are_no_head_are_computed_otherwise(says, make):
     check_computed_otherwise(*without_tied_head(make))
 

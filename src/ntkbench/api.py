@@ -157,8 +157,9 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     first if the estimate is expected to cost as much: if a batch is so small that a reliable standard error takes more
     passes, if the tolerance is tight, and for traces of small networks. Block U-statistics give way to ``hutchinson``
     if inner products of gradients would take most of the time, and are resumed if ``hutchinson`` turns out to need far
-    more. Methods are tried in turn, and one that fails on the network is skipped. ``Estimate.method`` names the method
-    that was used, and ``Estimate.notes`` says why others were not.
+    more. On a recurrent network with few trials ``hutchinson`` comes first. Methods are tried in turn, and one that
+    fails on the network is skipped. ``Estimate.method`` names the method that was used, and ``Estimate.notes`` says why
+    others were not.
 
     Every method is certified by plain ``backward`` of the unmodified network over the whole batch. A method whose
     gradients differ by more than the square root of the machine epsilon is skipped. ``Estimate.certificate`` is the

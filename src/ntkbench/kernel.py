@@ -601,7 +601,7 @@ class Kernel:
                 for each in (target, self._target):
                     with self._source.settings(each, self._index):
                         j = linearise(self.problem, "theta_0", each)
-                        image = j.vjp(certificate.random_signs(j.n, j.basis(0, 1))[None])
+                        image = j.vjp(certificate.random_weights(j.n, j.basis(0, 1))[None])
                         products.append(to_numpy(image, np.float64))
                         if each is target:
                             j.jvp(image)

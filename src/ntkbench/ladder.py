@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,6 +85,10 @@ takes no JVPs, which some networks do not support."""
 
 OF_RECURRENT = "group_u_statistics"
 """Tried before these if the network declares its recurrence: the gradient of one trial costs more than its pass."""
+
+POOLED, LIGHT = "hutchinson", 2.5
+"""With ``rtol`` and few trials, tried before :data:`OF_RECURRENT` if its first look takes at most this many times the
+operations. Gradients of groups are slower by about this factor."""
 
 STOCHASTIC: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "trace": (("structured_block_u_statistics", "per_sample_trace"), ("hutchpp_adaptive", "one_sided_reverse")),
@@ -336,7 +341,7 @@ def _steps(
         exact: remaining exact methods, with their passes. The consumer of the iterator also removes methods from
             this dict, or puts one back with more passes.
     """
-    for name in _estimators(problem, metric, target):
+    for name in _estimators(problem, metric, target, options):
         expected = _expected(problem, metric, target, options, methods.stochastic(name))
         within = CLOSE if options.rtol is not None else CLEAR
         limit = Cost(math.inf if options.rtol is not None else expected.passes, within * expected.work)
@@ -475,12 +480,25 @@ def _is_short(problem: Problem, metric: str, target: Target) -> bool:
     return share <= NARROW and share * problem.O <= problem.P
 
 
-def _estimators(problem: Problem, metric: str, target: Target) -> list[str]:
+def _is_pooled_first(problem: Problem, metric: str, options: Options) -> bool:
+    """Whether :data:`POOLED` is tried before :data:`OF_RECURRENT`, which many probes on few trials are not worth."""
+    pooled, groups = methods.get(POOLED), methods.get(OF_RECURRENT)
+    assert isinstance(pooled, Incremental) and isinstance(groups, Incremental)
+    if options.rtol is None or math.isinf(groups.worthwhile_probes(problem)):
+        return False
+    costs = (method.cost(metric, method.probes_to_decide(problem, metric)) for method in (pooled, groups))
+    of_pooled, of_groups = map(functools.partial(work, problem, metric), (pooled, groups), costs)
+    return of_pooled <= LIGHT * of_groups
+
+
+def _estimators(problem: Problem, metric: str, target: Target, options: Options) -> list[str]:
     """Estimators in the order in which they are tried."""
     independent, whole = STOCHASTIC[metric]
     if declares(problem.module):
         # Traced layer by layer, a recurrence is unrolled.
         independent = independent[1:] if metric == "trace" else (OF_RECURRENT, *whole, *independent)
+        if metric != "trace" and _is_pooled_first(problem, metric, options):
+            independent = (POOLED, *independent)
     if problem.P < problem.O:
         independent = _forward_first(independent)
     if _is_short(problem, metric, target):

@@ -69,11 +69,19 @@ TIMM = (
 """timm's models for tests: its architectures at a small width and depth."""
 
 
+SHALLOW = False
+"""Whether timm's transformers and one of its ConvNeXts have two blocks, instead of their own number of equal ones."""
+
+
 def _timm(name: str) -> Network:
     declare_operators()
     import timm
 
-    sized = {"img_size": 64} if any(kind in name for kind in ("vit", "coatnet")) else {}
+    sized: dict[str, Any] = {"img_size": 64} if any(kind in name for kind in ("vit", "coatnet")) else {}
+    if SHALLOW and name.startswith("test_vit"):
+        sized["depth"] = 2
+    if SHALLOW and name == "test_convnext":
+        sized["depths"] = [1, 1, 2, 1]
     model = timm.create_model(name, pretrained=False, num_classes=3, **sized)
     return _perturbed(model), torch.randn(2, 3, 64, 64, dtype=torch.float64)
 

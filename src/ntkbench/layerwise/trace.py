@@ -312,7 +312,10 @@ def _split(traced: fx.GraphModule, fixed: Sequence[str], parameters: int) -> tup
 
 @contextlib.contextmanager
 def untraceable(what: str) -> Iterator[None]:
-    """Report any error while a network is traced as a fault of the network."""
+    """Report any error while a network is traced as a fault of the network.
+
+    Functions that the network compiles run as they are.
+    """
     try:
         with uncompiled():
             yield

@@ -19,10 +19,10 @@ from ntkbench.problem import Problem
 class BatchedJacobian(Deterministic):
     """J by batched products over the whole batch: min(n, P) passes for each parameter set if J fits in memory.
 
-    J is computed by VJPs with the n unit vectors of output space. If P < n and J fits in memory, it is computed by JVPs
-    with the P unit vectors of parameter space instead; without forward mode, where a JVP takes two passes, if 2 P < n.
-    If J takes more than half of the memory, VJPs recompute blocks
-    of its rows for every pair of blocks. Samples may interact.
+    J is computed by VJPs with the n unit vectors of output space. If J fits in memory and P < n (2 P < n without
+    forward mode, where a JVP takes two passes), it is computed by JVPs with the P unit vectors of parameter space
+    instead. If J takes more than half of the memory, VJPs recompute blocks of its rows for every pair of blocks.
+    Samples may interact.
     """
 
     title = "batched Jacobian"

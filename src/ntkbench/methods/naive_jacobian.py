@@ -23,7 +23,7 @@ class NaiveJacobian(Deterministic):
 
     title = "naive Jacobian"
     kind = "exact"
-    source = "folklore; the loop over torch.autograd.grad"
+    source = "folklore; the loop over torch.autograd.grad or jax.vjp"
     use_when = "no other method applies, or as a reference"
     passes_formula = "n"
     backends = ("torch", "jax")

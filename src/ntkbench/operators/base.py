@@ -46,7 +46,9 @@ class JacobianOperator(ABC):
     unmodified network over the whole batch (see :mod:`ntkbench.operators.certificate`). If a kind differs by more than
     rounding, or raises, the backend's next method computes it, and ``notes`` say why. Certificates are not counted as
     passes. They take one plain backward pass for each kind and parameter set, and two more products if the products
-    themselves do not cover the whole batch, such as products with unit vectors or by sample. Where a budget depends on
+    themselves do not cover the whole batch, such as products with unit vectors or by sample. If the first comparison
+    shows nothing, as for vectors that J^T maps to zero or to rounding, it is repeated for a random vector: one more
+    backward pass, and for VJPs two more products. Where a budget depends on
     the cost of JVPs, settling that cost takes two more as well.
 
     All products refuse vectors of other shapes with ``BadInput``, including other orders of the axes.
@@ -122,7 +124,8 @@ class JacobianOperator(ABC):
             v, image, expected = mix @ u, mix @ found, None
             if not bool((v == 0).any()):  # as for unit vectors, which cover only some outputs
                 expected = reference.fixed_gradient(v)
-                if (off := certificate.distance(image, expected)) <= certificate.tolerance(arrays.epsilon(u)):
+                off = certificate.distance(image, expected)
+                if off <= certificate.tolerance(arrays.epsilon(u)) and certificate.norm(expected):  # zeros show nothing
                     return off
             size, w, g = self._uncancelled(v, reference)
             off = certificate.distance(self._vjp(_halves(w)).sum(0), g)
@@ -136,7 +139,11 @@ class JacobianOperator(ABC):
 
         def difference(found: Array, reference: Reference) -> float:
             mix = certificate.random_weights(len(w), w)
-            return self._adjoint_difference(mix @ w, mix @ found, reference)
+            tangent, image = mix @ w, mix @ found
+            if not certificate.norm(tangent):  # zeros show nothing
+                tangent = certificate.random_weights(self.P, w)
+                image = self._jvp(_halves(tangent)).sum(0)
+            return self._adjoint_difference(tangent, image, reference)
 
         _check_shape(w, self.P)
         return self._certified("jvp", lambda: self._in_blocks(self._jvp, w, self.N), difference, len(w))
@@ -348,7 +355,7 @@ class JacobianOperator(ABC):
             return certificate.ratio(abs(found - expected), max(size, abs(expected)))
 
         v, g = reference.cotangent(image, self.n)
-        if (first := off(v, g)) <= certificate.tolerance(arrays.epsilon(image)):
+        if (first := off(v, g)) <= certificate.tolerance(arrays.epsilon(image)) and certificate.norm(g):
             return first
         size, *other = self._uncancelled(v, reference)
         return max(off(*other), off(v, g, size))
@@ -356,8 +363,8 @@ class JacobianOperator(ABC):
     def _uncancelled(self, v: Array, reference: Reference) -> tuple[float, Array, Array]:
         """The size of J^T v for a typical v of this length, and a random w with J^T w, from which it follows.
 
-        J^T v is only rounding if v is orthogonal to the range of J, as many vectors of a Krylov space are. A wrong
-        product may then be right up to a factor, so that the product of w is compared as well.
+        J^T v is zero or only rounding if v is orthogonal to the range of J, as many vectors of a Krylov space are. A
+        product that is wrong by a factor would then agree, so the product of w is compared as well.
         """
         w = certificate.random_weights(self.n, v)
         g = reference.fixed_gradient(w)

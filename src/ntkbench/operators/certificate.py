@@ -119,10 +119,10 @@ def random_signs(size: int, like: Array, seed: int = 20260101) -> Array:
     return arrays.asarray_like(np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), size), like)
 
 
-def random_weights(size: int, like: Array) -> Array:
+def random_weights(size: int, like: Array, seed: int = 20260101) -> Array:
     """Random signs times numbers from 1 to 2: sums of signs with these weights do not cancel."""
     numbers = np.random.default_rng(20260102).uniform(1, 2, size)
-    return random_signs(size, like) * arrays.asarray_like(numbers, like)
+    return random_signs(size, like, seed) * arrays.asarray_like(numbers, like)
 
 
 def distance(found: Array, expected: Array, size: float = 0.0) -> float:

@@ -151,8 +151,8 @@ class JaxJacobian(JacobianOperator):
         memory: bytes that one block of probes may use.
 
     Attributes:
-        has_plain: whether plain ``jax.vjp`` is a method of its own: not if there is a module, whose twin this network
-            is, since products are then compared with torch.
+        has_plain: whether products may be computed by plain ``jax.vjp``. They may not if the problem has a torch
+            module, as they are then compared with torch.
     """
 
     COMPUTED: tuple[str, ...] = ("_pullback", "_plain_pullback")

@@ -144,8 +144,8 @@ def _by_neural_tangents(
     columns = problem if x2 is None else problem.with_inputs(x2)
     u = np.eye(problem.O, dtype=target.dtype) if directions is None else directions.astype(target.dtype)
     K = 1 if averaged else len(u)
-    a = certificate.random_signs(problem.N * K, u)
-    b = a if x2 is None else certificate.random_signs(columns.N * K, u, seed=1)
+    a = certificate.random_weights(problem.N * K, u)
+    b = a if x2 is None else certificate.random_weights(columns.N * K, u, seed=1)
     forward, weights, x1 = network(problem, "theta_0", target)
     put = functools.partial(jax.device_put, device=device(target))
     inputs = (x1,) if x2 is None else (x1, network(columns, "theta_0", target)[2])
@@ -168,7 +168,7 @@ def _compiled(
     structure: Any,
     target: Target,
 ) -> jax.stages.Compiled:
-    """The program (weights, directions, signs a and b, x1, x2) -> (Theta, a^T Theta b, norm) for some shapes."""
+    """The program (weights, directions, vectors a and b, x1, x2) -> (Theta, a^T Theta b, norm) for some shapes."""
 
     def program(weights: Any, u: Any, a: Any, b: Any, x1: Any, x2: Any = None) -> Any:
         along = forward if u is None else lambda weights, x: forward(weights, x).reshape(len(x), -1) @ u.T

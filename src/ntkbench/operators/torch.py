@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
-from ntkbench.errors import BadInput, Unavailable
+from ntkbench.errors import BadInput, NoSecondPass, Unavailable
 from ntkbench.modules import cast, copied, frozen, load, with_values
 from ntkbench.operators import arrays, certificate
 from ntkbench.operators.base import JacobianOperator, Rng
@@ -34,7 +34,7 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[nn.Module, 
     """The problem's module, its trainable parameters by name and its inputs, on the target's device.
 
     Raises:
-        BadInput: no such weights, the problem has no network in torch, or that one does not run in this precision.
+        BadInput: no such weights, the problem has no network in torch, or the network does not run in this precision.
         Unavailable: the device is not present.
     """
     if problem.module is None:
@@ -79,9 +79,12 @@ def interact(problem: Problem, target: Target) -> bool:
     """Whether the gradients of samples alone do not add up to that over the whole batch."""
     plain, x = _plain(problem, "theta_0", target, list(problem.theta_0))
     v = certificate.random_weights(problem.n, x.new_empty(0, dtype=getattr(torch, target.dtype)))
+    whole = flat(plain.gradient(x, v))
     try:
-        whole, alone = (flat(plain.gradient(x, v, samples=samples)) for samples in (None, 1))
-    except Exception:  # a layer that takes no single sample; any other failure is reported where samples are joined
+        alone = flat(plain.gradient(x, v, samples=1))
+    except NoSecondPass:
+        raise
+    except Exception:  # a layer that takes no single sample
         return True
     return not certificate.distance(alone, whole) <= certificate.tolerance(arrays.epsilon(whole))
 

@@ -102,7 +102,7 @@ class NeuralTangents(Method):
 class CompiledPrograms:
     """A problem on the device, with one compiled program for each requested metric.
 
-    A program is certified at its first use by plain autograd. For a kernel Theta, c^T Theta c with random signs c is
+    A program is certified at its first use by plain autograd. For a kernel Theta, c^T Theta c with random weights c is
     compared with ||J^T c||^2. For the trace, the part of some random samples is compared with the squared norms of
     their rows of J, at most :data:`CERTIFIED_ROWS`. If a sample has more outputs, the part of one is compared with a
     kernel of that sample alone, which is certified like any kernel. J^T c is compared with the sum of the gradients
@@ -187,7 +187,7 @@ class CompiledPrograms:
 
     def _gradient(self, name: str) -> Any:
         """J^T c at one parameter set, by plain autograd over the whole batch; 1 pass."""
-        c = _signs(self._problem.N, self._problem.O, self._target.dtype)
+        c = _weights(self._problem.N, self._problem.O, self._target.dtype)
         return plain_gradient(self._problem, name, self._target, list(self._problem.weights(name)))(c.reshape(-1))
 
     def _certify_samples(self) -> None:
@@ -195,7 +195,7 @@ class CompiledPrograms:
         import jax
 
         forward, weights, x = self._networks["theta_0"]
-        c = _signs(self._problem.N, self._problem.O, self._target.dtype)
+        c = _weights(self._problem.N, self._problem.O, self._target.dtype)
 
         def alone(weights: Any, sample: Any, signs: Any) -> Any:
             return (forward(weights, sample[None]).reshape(-1) * signs).sum()
@@ -223,7 +223,7 @@ class CompiledPrograms:
         few = self._problem.with_inputs(self._problem.x[one])
         weights, x = self._parameter_sets("norm"), self._x[np.array(one)]
         sums, (form,) = jax.device_get(self._compiled("norm", x)(weights, x))
-        c = _signs(1, self._problem.O, self._target.dtype)
+        c = _weights(1, self._problem.O, self._target.dtype)
         g = plain_gradient(few, "theta_0", self._target, list(few.theta_0))(c.reshape(-1))
         self._certify(float(form), float(g @ g))
         return float(sums["trace"])
@@ -319,15 +319,15 @@ def _of_kernels(
 
     def made(weights: Any, x: Any) -> Any:
         thetas = [theta(w, x) for theta, w in zip(kernels, weights, strict=True)]
-        c = _signs(len(x), outputs, thetas[0].dtype)
+        c = _weights(len(x), outputs, thetas[0].dtype)
         return made_of(thetas), [jnp.einsum("abij,ai,bj->", theta, c, c) for theta in thetas]
 
     return made
 
 
-def _signs(samples: int, outputs: int, dtype: Any) -> np.ndarray:
-    """The fixed random signs c, ``[samples, outputs]``."""
-    return np.asarray(certificate.random_signs(samples * outputs, np.empty(0, dtype))).reshape(samples, outputs)
+def _weights(samples: int, outputs: int, dtype: Any) -> np.ndarray:
+    """The fixed random weights c, ``[samples, outputs]``."""
+    return np.asarray(certificate.random_weights(samples * outputs, np.empty(0, dtype))).reshape(samples, outputs)
 
 
 def moments(kernels: Sequence[jax.Array]) -> dict[str, jax.Array]:

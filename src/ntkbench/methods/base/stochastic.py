@@ -15,7 +15,7 @@ from scipy.special import chdtri
 
 from ntkbench import metrics, progress_bar
 from ntkbench.errors import BadInput, NtkbenchError, Undefined
-from ntkbench.estimate import Estimate, rounding_bound, rounding_note
+from ntkbench.estimate import Estimate, rounding_note
 from ntkbench.estimators.accumulators import Accumulator
 from ntkbench.estimators.standard_errors import ALIKE, PointEstimate, is_rounding
 from ntkbench.methods.base.method import Method, PreparedProblem, certificate, notes, rounding
@@ -427,17 +427,11 @@ class Incremental(Stochastic):
                 given = counted(passes, "pass", "passes")
                 note = f"{given} did not reach rtol={rtol:g} at confidence {confidence:g}: {width:.2g}"
             elif not estimate.relative_width(confidence) <= rtol:
-                note = rounding_note(rtol, _precision(estimate))
+                note = rounding_note(rtol, prepared.target.dtype)
             else:
                 continue
             found[name] = replace(found[name], notes=(*found[name].notes, note))
         return found
-
-
-def _precision(estimate: Estimate) -> str:
-    """The precision whose rounding an estimate has; float32 has at least that of one sum of one term."""
-    least = rounding_bound("norm", float(np.finfo(np.float32).eps), 0, None)
-    return "float64" if (estimate.rounding or 0.0) < least else "float32"
 
 
 def _deciding(estimate: Estimate, rtol: float, confidence: float) -> Estimate:

@@ -17,7 +17,7 @@ import numpy as np
 from ntkbench import errors
 from ntkbench.ambient import own_jax_settings
 from ntkbench.errors import BadInput, OverMemory, summary, unknown
-from ntkbench.operators.certificate import PLAIN, ratio, tolerance
+from ntkbench.operators.certificate import PLAIN, random_weights, ratio, tolerance
 from ntkbench.options import DTYPES
 from ntkbench.problem import Problem
 from ntkbench.problems.base.module import ALONE, INTERACTION, NUDGE, TOGETHER, _spread
@@ -26,7 +26,8 @@ Arrays = dict[str, np.ndarray]
 
 WRAP = "wrap it in a function that does"
 
-EPSILON = float(np.finfo("float32").eps)
+ROUNDING = tolerance(float(np.finfo("float32").eps))
+"""Relative difference that exceeds rounding in float32."""
 
 
 def from_function(
@@ -47,9 +48,10 @@ def from_function(
 
     Whether samples interact is measured as in :func:`ntkbench.problems.base.module.from_module`.
 
-    Cost: three forward passes and one backward pass; in float32, two passes over 64 samples; two passes over 64 samples
-    and two over 8 samples alone; a trace of a forward and a backward pass, and the compilation of a forward pass and of
-    the passes over samples. The same again for ``params_f``, and two passes over 64 samples for another ``dtype``.
+    Cost: three forward passes and one backward pass; two passes over 64 samples, and two over 8 of them alone; in
+    float32, two more over 64 samples; a trace of a forward and a backward pass, and the compilation of a forward pass
+    and of the passes over samples. The same again for ``params_f``, and two passes over 64 samples for another
+    ``dtype``.
 
     >>> import jax.numpy as jnp, ntkbench
     >>> problem = ntkbench.from_function(lambda w, x: x @ w, jnp.ones((4, 3)), jnp.ones((3, 2)))
@@ -69,25 +71,23 @@ def from_function(
 
     Raises:
         BadInput: the parameters have no real leaves, or differ from ``params_f`` in more than values; the function is
-            random, keeps a state, donates its arguments, is another one in the precision of the parameters than in
-            ``dtype``, or cannot be traced or differentiated; or its outputs are not N rows of finite real numbers that
-            depend on the parameters.
+            random, keeps a state, donates its arguments, computes something else in ``dtype`` than in the precision of
+            its arguments, or cannot be traced or differentiated; or its outputs are not N rows of finite real numbers
+            that depend on the parameters.
         Unavailable: JAX is not installed.
     """
     errors.need("jax", "a function with params", errors.JAX)
     if not callable(f):
         raise BadInput(f"f must be a function (params, x) -> [N, ...outputs], got {type(f).__name__}")
-    tree, theta_0, fixed_0 = _parameters(params, "params")
-    given = {w.dtype.name for w in theta_0.values() if w.size}
-    dtype = _dtype(theta_0, dtype)
+    tree, theta, fixed_0 = _parameters(params, "params")
+    dtype = _dtype(theta, dtype)
     inputs, leaves = _inputs(x, "x")
-    packed, theta_0 = inputs.packed(leaves, dtype), _cast(theta_0, dtype)
+    packed, theta_0 = inputs.packed(leaves, dtype), _cast(theta, dtype)
     forward = FlatFunction(f, tree, inputs, next(iter(theta_0)))
     with own_jax_settings(dtype):
         forward, shape = _checked(forward, theta_0, fixed_0, packed, "f")
         _check_depends(forward, theta_0, fixed_0, packed)
-    for own in given & set(DTYPES) - {dtype}:
-        _check_same_in(own, dtype, forward, theta_0, fixed_0, packed)
+    _check_same_in(_own_precision(theta, leaves) or dtype, dtype, forward, theta, fixed_0, leaves)
     interact = _interact(forward, theta_0, fixed_0, packed, shape)
     theta_f: Arrays | None = None
     fixed_f: Arrays = {}
@@ -141,25 +141,34 @@ def with_columns(problem: Problem, x2: Any) -> tuple[Problem, np.ndarray]:
 def at(problem: Problem, params: Any) -> Problem:
     """The same function and inputs at other parameters; theta_f is dropped.
 
-    Whether samples interact is measured again if integers or booleans among the parameters differ.
+    The function is traced again, as it may have changed since the problem was made, such as by a variable outside of
+    it. Whether samples interact is measured again if integers or booleans among the parameters differ.
 
     Args:
         problem: from :func:`from_function`.
         params: a pytree like the problem's, with other values of its arrays.
 
     Raises:
-        BadInput: it differs in more than values, or has values that are not finite; says where.
+        BadInput: it differs in more than values, or has values that are not finite; says where. Or the function cannot
+            be differentiated there.
     """
     forward = problem.jax_forward
     assert isinstance(forward, FlatFunction)
     tree, theta, fixed = _parameters(params, "params")
-    theta = _cast(theta, str(next(iter(problem.theta_0.values())).dtype))
+    dtype = str(next(iter(problem.theta_0.values())).dtype)
+    theta = _cast(theta, dtype)
     _check_same(forward.params, tree, {**problem.theta_0, **problem.fixed_0}, theta | fixed)
+    try:
+        with own_jax_settings(dtype):
+            forward = forward.traced(_on_device(theta), _on_device(fixed), problem.x)
+    except Exception as error:
+        raise BadInput(f"f cannot be differentiated at these parameters: {summary(error)}") from error
     interact = problem.samples_interact
     if any(not np.array_equal(fixed[key], problem.fixed_0[key]) for key in fixed):  # such as a flag for training
         interact = _interact(forward, theta, fixed, problem.x, problem.output_shape)
     return replace(
         problem,
+        jax_forward=forward,
         samples_interact=interact,
         theta_0={key: theta[key] for key in problem.theta_0},
         fixed_0={**problem.fixed_0, **fixed, **{key: w for key, w in theta.items() if key not in problem.theta_0}},
@@ -540,7 +549,7 @@ def _checked(
         )
     if not np.isfinite(np.asarray(outputs, "float64")).all():
         raise BadInput(f"{role} returns nan or infinite outputs for these inputs")
-    if not _close(forward.plainly(weights, inputs), outputs, tolerance(EPSILON), axis=0):
+    if not _close(forward.plainly(weights, inputs), outputs, ROUNDING, axis=0):
         raise BadInput(f"{role} is random or keeps a state: two calls on the same arguments differ")
     try:
         forward = forward.traced(held, constants, inputs)
@@ -642,14 +651,14 @@ def _check_depends(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.nd
 
 
 def _plain_gradient(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray) -> np.ndarray:
-    """The gradient ``[P]`` of the outputs' sum with random signs, by plain ``jax.vjp``, in float64."""
+    """The gradient ``[P]`` of the outputs' sum with random weights, by plain ``jax.vjp``, in float64."""
     import jax
     import jax.numpy as jnp
 
     constants, inputs = _on_device(fixed), jnp.asarray(x)
     outputs, pull = jax.vjp(lambda theta: forward({**constants, **theta}, inputs), _on_device(theta))
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], outputs.shape)
-    (gradients,) = pull(jnp.asarray(signs, outputs.dtype))
+    v = random_weights(outputs.size, np.empty(0)).reshape(outputs.shape)
+    (gradients,) = pull(jnp.asarray(v, outputs.dtype))
     return np.concatenate([np.asarray(g, "float64").reshape(-1) for g in gradients.values()])
 
 
@@ -671,20 +680,40 @@ def _difference(own: str, other: str, forward: FlatFunction, theta: Arrays, fixe
     return ratio(float(np.linalg.norm(found - expected)), float(np.linalg.norm(expected)))
 
 
-def _check_same_in(own: str, dtype: str, forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray) -> None:
-    """Refuse a function that is another one in ``dtype`` than in the precision of its parameters.
+def _own_precision(theta: Arrays, leaves: Arrays) -> str | None:
+    """The precision to which JAX promotes parameters and inputs: the widest; ``None`` if it is neither of ``DTYPES``.
+
+    Inputs count only if the user enables 64 bits: JAX rounds NumPy's default of float64 otherwise.
+    """
+    import jax
+
+    wide = jax.numpy.asarray(np.zeros(1)).dtype == "float64"
+    held = [*theta.values(), *(leaves.values() if wide else ())]
+    return max({array.dtype.name for array in held if array.size} & set(DTYPES), default=None)
+
+
+def _check_same_in(own: str, dtype: str, forward: FlatFunction, theta: Arrays, fixed: Arrays, leaves: Arrays) -> None:
+    """Refuse a function that computes something else in ``dtype`` than in the precision of its arguments.
+
+    Args:
+        own: that precision.
+        theta, fixed, leaves: parameters, constants and inputs as given, not yet rounded to ``dtype``.
 
     Raises:
         BadInput: its gradients differ by more than rounding, which may be large in a bfloat16 network.
     """
+    if own == dtype:
+        return
     try:
+        x, _ = (forward.inputs.packed(leaves, each) for each in ("float64", own))  # integers must fit in both
         off = _difference(own, dtype, forward, theta, fixed, x[_spread(len(x), TOGETHER)])
     except Exception:  # f may run only in ``dtype``, or accept no other number of samples
         return
     if off > PLAIN:
         raise BadInput(
-            f"f is another function in {dtype} than in {own}, the precision of its parameters: gradients differ by "
-            f"{off:.1e} of their norm (are random numbers drawn in it?); give parameters in {dtype} if it is meant"
+            f"f computes something else in {dtype} than in {own}, the precision of its arguments: gradients differ by "
+            f"{off:.1e} of their norm (are random numbers drawn in it, or is float32 too inaccurate for it?); give "
+            f"params and x in {dtype} if that is meant"
         )
 
 
@@ -700,7 +729,7 @@ def _interact(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray
     failed: Exception | None = None
     for inputs, dtype in ((few, "float64"), (few, own), (x, "float64"), (x, own)):
         try:
-            if not _difference(own, dtype, forward, theta, fixed, inputs) <= tolerance(EPSILON):
+            if not _difference(own, dtype, forward, theta, fixed, inputs) <= ROUNDING:
                 continue
             with own_jax_settings(dtype):
                 arrays = _cast(theta, dtype), _cast(fixed, dtype), _cast({"x": inputs}, dtype)["x"]
@@ -717,8 +746,8 @@ def _gradients_differ(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np
     rng = np.random.default_rng(0)
     chosen = _spread(len(x), ALONE)
     v = np.zeros((len(x), outputs), dtype)
-    v[chosen] = rng.choice([-1.0, 1.0], v[chosen].shape)
-    tolerance = max(INTERACTION, float(np.finfo(dtype).eps) ** 0.5)
+    v[chosen] = random_weights(v[chosen].size, v).reshape(v[chosen].shape)
+    within = max(INTERACTION, tolerance(float(np.finfo(dtype).eps)))
     for at in (theta, {key: _perturbed(w, rng) for key, w in theta.items()}):
         together = np.asarray(gradient(at, x, v))
         if at is not theta and not np.isfinite(together).all():
@@ -727,7 +756,7 @@ def _gradients_differ(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np
             alone = sum(np.asarray(gradient(at, x[i : i + 1], v[i : i + 1])) for i in chosen)
         except Exception:  # f does not accept a single sample
             return True
-        if not np.linalg.norm(together - alone) <= tolerance * np.linalg.norm(together):
+        if not np.linalg.norm(together - alone) <= within * np.linalg.norm(together):
             return True
     return False
 

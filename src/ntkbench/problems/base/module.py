@@ -873,7 +873,7 @@ def _gradients_differ(net: nn.Module, x: Tensor) -> bool:
     outputs = net(x)
     chosen = _spread(len(x), ALONE)
     v = torch.zeros_like(outputs)
-    v[chosen] = torch.from_numpy(rng.choice([-1.0, 1.0], v[chosen].shape)).to(v)
+    v[chosen] = certificate.random_weights(v[chosen].numel(), v).reshape(v[chosen].shape)
     eps = max(map(_eps, (outputs, *theta.values())))
     tolerance = max(INTERACTION, eps**0.5)
     for perturbed in (False, True):
