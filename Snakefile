@@ -2,7 +2,7 @@
 
 snakemake --cores all                                     config/default.yaml
 snakemake --cores all --configfile config/smoke.yaml      another configuration
-snakemake paper_figures --cores all                       only the papers' figures and their studies: config/paper.yaml
+snakemake paper_figures --cores all                       only the figures of studies, such as the papers': config/paper.yaml
 snakemake figures --cores all --config source=reference   a configuration's figures from committed tables only
 snakemake --cores all --config retry=failed               remeasure what failed, took too long or too much memory
 snakemake --report steps.html                             the results of a finished run, in one file

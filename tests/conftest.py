@@ -41,6 +41,11 @@ SMALL = ("tanh_net", "digits_conv[N=3]", "gru_hazelden[N=2,T=2]", "mlp_hazelden[
 """Problems small enough for an explicit J, one of each family."""
 
 
+OF_JAX = ("block_u_statistics", "hutchinson", "hutchpp", "one_sided_forward", "per_sample_trace_forward")
+"""Stochastic methods that stand for the others in JAX: pairs of probes, single probes, a sketch, and tangents for the
+batch and for each sample."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, so that parallel workers finish together.
 

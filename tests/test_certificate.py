@@ -269,6 +269,29 @@ def test_products_that_are_zero_show_nothing(monkeypatch, wrong, probes):
         getattr(made(), wrong[1:])(zeros)
 
 
+class EqualParameters(nn.Module):
+    """J has two equal columns, which tangents of opposite signs cancel."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        return x * self.w.sum()
+
+
+@pytest.mark.parametrize("probes", [1, 3])
+def test_tangents_that_cancel_show_nothing(monkeypatch, probes):
+    tangents = torch.tensor([[1.0, -1.0]], dtype=torch.float64).repeat(probes, 1)
+    made = lambda: linearise(from_module(EqualParameters(), torch.ones(6, 4)), "theta_0", FLOAT64)  # noqa: E731
+    assert float(made().jvp(tangents).abs().max()) == 0
+    kind = type(made())
+    right = kind._jvp
+    monkeypatch.setattr(kind, "_jvp", lambda self, rows: 1.5 * right(self, rows))
+    with pytest.raises(Uncertified, match="jvp products: its gradient differs"):
+        made().jvp(tangents)
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.5])
 def test_jvps_are_certified_by_cotangents_that_do_not_cancel(monkeypatch, factor):
     j, u = of_one_parameter()

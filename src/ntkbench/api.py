@@ -73,10 +73,10 @@ def ntk(
     first output), ``random_vector`` (one random combination of outputs, drawn from ``seed``), ``trace`` ((1/O) tr_O
     Theta, the best of them in the Frobenius norm) and ``last_layer`` (the trace kernel of the last layer's parameters).
 
-    Cost: O backward passes over the inputs for ``full``, ``trace`` and ``last_layer``, one for the others, and one
-    contraction per layer; without ``x2`` half of that (see :mod:`ntkbench.layerwise`). The network is traced first,
-    which takes from 0.1 s to a few seconds; the trace is reused for networks of the same structure. If J has few
-    entries it is written out instead. The ``ntkbench`` logger names parameters without a fast rule.
+    Cost: O backward passes over each set of inputs for ``full``, ``trace`` and ``last_layer``, one for the others, and
+    one contraction per layer, of which one set of inputs takes half (see :mod:`ntkbench.layerwise`). The network is
+    traced first, which takes from 0.1 s to a few seconds; the trace is reused for networks of the same structure. If J
+    has few entries it is written out instead. The ``ntkbench`` logger names parameters without a fast rule.
 
     If the network cannot be traced, or plain autograd contradicts its trace, rows of its Jacobian are written out in
     blocks: sample by sample, or else by products over the whole batch. Networks with interacting samples use products
@@ -135,8 +135,8 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     choice is deterministic. The exact methods, tried in the order of their operations, are
 
     - ``recurrent_exact_trace``, if the network declares its recurrence;
-    - ``wide_head``, for independent samples and a last linear layer with at least twice as many outputs as inputs (plus
-      distinct tokens, if the layer is also the embedding);
+    - ``wide_head``, for independent samples and a last linear layer with at least twice as many outputs as inputs, or
+      three times for the alignment (plus distinct tokens, if the layer is also the embedding);
     - ``structured_derivatives`` and ``jacobian_contraction``, for independent samples, which take O passes;
     - ``parameter_gram``, for few parameters and many outputs;
     - ``batched_jacobian`` and ``naive_jacobian``, for interacting samples, which take min(n, P) and n passes.
@@ -144,10 +144,15 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     The estimators for independent samples are
 
     - ``wide_head_u_statistics``, for a last layer as for ``wide_head``;
-    - ``structured_block_u_statistics`` for the trace (``per_sample_trace`` if the network cannot be traced);
+    - ``structured_block_u_statistics`` for the trace (``per_sample_trace`` if the network cannot be traced or declares
+      its recurrence);
     - block U-statistics for the other metrics, if what they hold fits in ``memory``: ``group_u_statistics`` if the
       network declares its recurrence, else ``structured_block_u_statistics`` if it can be traced, else
       ``block_u_statistics``.
+
+    For a JAX function, ``nt_structured_derivatives`` and ``nt_jacobian_contraction`` (if neural-tangents is installed)
+    take the place of the exact methods that trace a network, and ``per_sample_trace`` and ``block_u_statistics`` that
+    of the estimators.
 
     Otherwise the estimators are ``hutchpp_adaptive`` and ``one_sided_reverse`` for the trace, and ``nystrom_loo``
     (``hutchinson`` with ``rtol``, or if it does not fit) and ``gram_reverse`` for the other metrics. Traces are
@@ -169,8 +174,8 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     least 64 samples, and dropped after use. Each part is estimated with its own probes, and with ``rtol`` to that
     tolerance. Other metrics join all batches on the host.
 
-    Cost: that of the method, a few forward passes for checks, and one backward pass per parameter set for the
-    certificate.
+    Cost: that of the method, some passes for checks (see :func:`ntkbench.from_module`), and one backward pass at each
+    set of weights for the certificate.
 
     >>> import torch, ntkbench
     >>> ntkbench.trace(torch.nn.Linear(3, 2), torch.ones(4, 3)).value
@@ -255,7 +260,8 @@ def alignment(model_0: Any, model_f: Any, x: Any, **keywords: Unpack[Keywords]) 
     cancel, as for centred labels: choose ``dtype="float64"``. The alignment with a matrix is exact. It uses all of
     Theta, in blocks if it does not fit in ``memory``, and takes no ``method``, ``passes`` or ``rtol``.
 
-    Cost: twice that of :func:`trace`, once for each set of weights; with y y^T, that of :func:`norm` and one pass.
+    Cost: twice that of :func:`trace`, once for each set of weights (three times for ``wide_head``, unless the layer is
+    also the embedding); with y y^T, that of :func:`norm` and one pass.
 
     >>> import torch, ntkbench
     >>> model, y = torch.nn.Linear(3, 2), torch.ones(3, 2)
@@ -471,7 +477,8 @@ def recommend(
         model, inputs: see :class:`ntkbench.Kernel`.
         other: the other network or weights of an alignment; see :meth:`ntkbench.Kernel.alignment`.
         metric: trace, norm, effective_rank or alignment.
-        rtol: how far the ends of the interval may be from the value, relative to it; for approximate methods the bias.
+        rtol: how far the ends of the interval may be from the value, relative to it. Approximate methods never count as
+            within it, as their bias is known on a few samples only.
         confidence: of the interval.
         setup: see :class:`ntkbench.Kernel`. With a mapping of names to patterns as ``parameters`` the result is a dict
             with a table for each group.

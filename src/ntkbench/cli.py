@@ -188,7 +188,12 @@ Examples:
 """
 )
 @_of_a_network
-@click.option("--method", "methods", multiple=True, help="A method to measure.  [default: auto and what it tries]")
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    help="A method to measure.  [default: auto, what it tries, and methods of the papers]",
+)
 @click.option("--passes", type=int, help="Maximum number of passes of stochastic methods.  [default: 64]")
 @click.option("--rtol", type=float, help="Tolerance, in place of a number of passes.")
 @click.option("--calls", type=click.IntRange(min=1), default=5, show_default=True, help="Timed calls per method.")
@@ -548,8 +553,8 @@ def list_(metric: str | None, kind: str | None, backend: str | None) -> None:
     """List problems, methods and studies; with a filter, only the methods that match.
 
     The passes of a stochastic method are per probe, one number or one for each metric. Those of other methods are for
-    one set of weights, with T steps and a last hidden layer of width d; an alignment takes twice as many. Methods of
-    neural-tangents count no passes.
+    one set of weights, with T steps and a last hidden layer of width d; an alignment takes twice as many, by wide_head
+    with an untied head three times. Methods of neural-tangents count no passes.
     """
     from ntkbench import methods, problems, studies
 

@@ -112,14 +112,15 @@ class Kernel:
             class has an ``__iter__`` of its own.
         call: ``call(model, inputs)`` returns the outputs; by default ``model(inputs)``, ``model(*inputs)`` for a tuple
             or list, ``model(**inputs)`` for a mapping. Functions given here and as ``output`` are not copied: what they
-            use besides their arguments must not change.
+            use besides their arguments must not change. A JAX function takes neither.
         output: which outputs count: an index into the axes after the first (``3`` for the class f[:, 3], ``-1`` for
             the last step f[:, -1], a tuple for several axes, a list for several classes), or a function of the outputs.
         parameters: which parameters count: names or patterns such as ``"layers.*.weight"``.
         params: the parameters of a JAX function, any pytree of arrays. For the variables of a Flax module with other
             collections than ``params``, ``parameters`` must say which count, as in ``parameters="params"``.
         dtype: ``"float32"`` or ``"float64"``; that of the parameters if not given.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``; that of the parameters if not given.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``; that of the parameters if not given. For a JAX
+            function ``"cpu"``, ``"cuda"`` or ``"auto"``, which is the default.
         memory: bytes that everything except a result may use; by default 1 GiB, or half of the free memory on a GPU.
         tf32: whether torch may use TF32 for float32 products on a GPU; see :class:`ntkbench.options.Target`.
 
@@ -223,9 +224,10 @@ class Kernel:
         K is the kernel of the parameters' effect on the operations that use them, P the derivative of the outputs with
         respect to the results of these operations. Use them to tell whether a kernel changes with the representation
         (K) or with the dynamics (P). K is exact and takes a forward pass. P P* is estimated by ``probes`` passes, and
-        exact where ``probes`` is at least O and memory allows. For networks other than recurrent ones, some parameters
-        are in neither factor: scales and shifts, weights that are computed from parameters, biases without their
-        weight, and transposed convolutions. ``left_out`` names them.
+        exact where ``probes`` is at least O and memory allows. For a network that declares its recurrence it is always
+        estimated, by two products with P or P* for each probe (one for the trace, four for the alignment). For other
+        networks, some parameters are in neither factor: scales and shifts, weights that are computed from parameters,
+        biases without their weight, and transposed convolutions. ``left_out`` names them.
 
         Args:
             other: another network or weights, as for :meth:`alignment`, with which K and P P* are aligned; no array.

@@ -18,7 +18,7 @@ from ntkbench.estimate import Estimate, Estimates, rounding_note
 from ntkbench.methods import Method
 from ntkbench.methods.base import WORTH, ExactIsCheaper, Incremental, OthersAreCheaper, Stochastic, Stopping, wide
 from ntkbench.operators import arrays, declares
-from ntkbench.operators.certificate import Uncertified
+from ntkbench.operators.certificate import Uncertified, random_weights
 from ntkbench.options import Options, Target
 from ntkbench.problem import Problem
 
@@ -631,16 +631,16 @@ def _smallest(target: Target) -> float:
 def _row_norm(problem: Problem, weights: str, target: Target) -> float:
     """The root mean square norm of a row of J by one random probe; infinite if it cannot be computed."""
     problem, weights = problem.end(weights)
-    signs = np.random.default_rng(0).choice(np.array([-1.0, 1.0]), problem.n)
+    v = random_weights(problem.n, np.empty(0))
     widest = (target.dtype,) if target.backend == "jax" else dict.fromkeys((target.dtype, "float64"))
     for dtype in widest:
         try:
             gradient = operators.plain_gradient(problem, weights, replace(target, dtype=dtype), list(problem.theta_0))
-            found = arrays.to_numpy(gradient(signs), np.float64)
+            found = arrays.to_numpy(gradient(v), np.float64)
         except Exception:  # a network that does not run in this precision; certificates say what else is wrong
             return math.inf
         if largest := float(abs(found).max()):
-            return largest * float(np.linalg.norm(found / largest)) / problem.n**0.5
+            return largest * float(np.linalg.norm(found / largest)) / float(np.linalg.norm(v))
     return 0.0
 
 

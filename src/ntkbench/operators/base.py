@@ -35,6 +35,10 @@ class ChunkBytes:
     gates_by_trial: int = 2**21
 
 
+NOTHING = 0.01
+"""Largest share of its typical size at which an inner product shows nothing: any multiple of it would agree."""
+
+
 class JacobianOperator(ABC):
     """J = df/dtheta at one set of weights, an n x P matrix that is never formed.
 
@@ -47,9 +51,9 @@ class JacobianOperator(ABC):
     rounding, or raises, the backend's next method computes it, and ``notes`` say why. Certificates are not counted as
     passes. They take one plain backward pass for each kind and parameter set, and two more products if the products
     themselves do not cover the whole batch, such as products with unit vectors or by sample. If the first comparison
-    shows nothing, as for vectors that J^T maps to zero or to rounding, it is repeated for a random vector: one more
-    backward pass, and for VJPs two more products. Where a budget depends on
-    the cost of JVPs, settling that cost takes two more as well.
+    shows nothing, as for vectors that are mapped to zero or to rounding, a random vector is compared as well: two more
+    products, and for VJPs another backward pass. Where a budget depends on the cost of JVPs, settling that cost takes
+    two more as well.
 
     All products refuse vectors of other shapes with ``BadInput``, including other orders of the axes.
 
@@ -139,11 +143,13 @@ class JacobianOperator(ABC):
 
         def difference(found: Array, reference: Reference) -> float:
             mix = certificate.random_weights(len(w), w)
-            tangent, image = mix @ w, mix @ found
-            if not certificate.norm(tangent):  # zeros show nothing
-                tangent = certificate.random_weights(self.P, w)
-                image = self._jvp(_halves(tangent)).sum(0)
-            return self._adjoint_difference(tangent, image, reference)
+            tangent = mix @ w
+            off = self._adjoint_difference(tangent, mix @ found, reference)
+            _, g = reference.cotangent(tangent, self.n)
+            if abs(float(g @ tangent)) > NOTHING * self._typical(g, tangent):
+                return off
+            tangent = certificate.random_weights(self.P, w)
+            return max(off, self._adjoint_difference(tangent, self._jvp(_halves(tangent)).sum(0), reference))
 
         _check_shape(w, self.P)
         return self._certified("jvp", lambda: self._in_blocks(self._jvp, w, self.N), difference, len(w))
@@ -292,7 +298,7 @@ class JacobianOperator(ABC):
             self._certify_sample_jvp()
         elif kind not in self.reference.differences:
             spent = self._sample_passes
-            self.jvp(_halves(certificate.random_signs(self.P, self.basis(0, 1))))
+            self.jvp(_halves(certificate.random_weights(self.P, self.basis(0, 1))))
             self._sample_passes = spent
             del self.reference.differences[kind]  # the requested products are compared as well
         self.reference.settled.add(kind)
@@ -351,7 +357,7 @@ class JacobianOperator(ABC):
 
         def off(v: Array, g: Array, size: float = 0.0) -> float:
             found, expected = float(v @ image), float(g @ w)
-            size = max(size, certificate.norm(g)) * certificate.norm(w) / self.P**0.5
+            size = max(size * certificate.norm(w) / self.P**0.5, self._typical(g, w))
             return certificate.ratio(abs(found - expected), max(size, abs(expected)))
 
         v, g = reference.cotangent(image, self.n)
@@ -359,6 +365,10 @@ class JacobianOperator(ABC):
             return first
         size, *other = self._uncancelled(v, reference)
         return max(off(*other), off(v, g, size))
+
+    def _typical(self, g: Array, w: Array) -> float:
+        """The size of <g, w> for vectors of these lengths with random directions."""
+        return certificate.norm(g) * certificate.norm(w) / self.P**0.5
 
     def _uncancelled(self, v: Array, reference: Reference) -> tuple[float, Array, Array]:
         """The size of J^T v for a typical v of this length, and a random w with J^T w, from which it follows.
@@ -413,13 +423,13 @@ class JacobianOperator(ABC):
         """Compare the products of all samples with one tangent with the gradient over the whole batch."""
 
         def product() -> Array:
-            w = _halves(certificate.random_signs(self.P, self.basis(0, 1)))
+            w = _halves(certificate.random_weights(self.P, self.basis(0, 1)))
             xp = array_api_compat.array_namespace(w)
             tangents = xp.broadcast_to(w[:, None], (2, self.N, self.P))
             return self._sample_jvp(slice(0, self.N), tangents).sum(0).reshape(-1)
 
         def difference(found: Array, reference: Reference) -> float:
-            return self._adjoint_difference(certificate.random_signs(self.P, found), found, reference)
+            return self._adjoint_difference(certificate.random_weights(self.P, found), found, reference)
 
         self._certified_alone("sample_jvp", product, difference)
 
