@@ -687,7 +687,7 @@ def _own_precision(theta: Arrays, leaves: Arrays) -> str | None:
     """
     import jax
 
-    wide = jax.numpy.asarray(np.zeros(1)).dtype == "float64"
+    wide = jax.eval_shape(lambda x: x, np.zeros(1)).dtype == "float64"
     held = [*theta.values(), *(leaves.values() if wide else ())]
     return max({array.dtype.name for array in held if array.size} & set(DTYPES), default=None)
 
