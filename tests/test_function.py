@@ -687,6 +687,25 @@ def test_a_function_that_changes_few_samples_is_traced_again_at_other_parameters
         kernel.at(params)
 
 
+def test_a_function_that_has_changed_is_checked_again_at_other_parameters():
+    outside, x = {}, rows(3)(5)
+
+    def f(params, x):
+        hidden = jnp.tanh(x @ params["w"])
+        kinds = {"alone": hidden, "mean": hidden - hidden.mean(0), "narrow": hidden[:, :1], "infinite": hidden / 0}
+        return kinds[outside["as"]]
+
+    outside["as"] = "alone"
+    kernel = ntkbench.Kernel(f, x, params=W)
+    for outside["as"] in ("mean", "narrow"):
+        J, other = jacobian(f, x, W), kernel.at(W)
+        assert other.problem.samples_interact == (outside["as"] == "mean") and other.problem.n == len(J)
+        assert float(other.norm()) == pytest.approx(metrics_of(J @ J.T)["norm"], rel=1e-9)
+    outside["as"] = "infinite"
+    with pytest.raises(BadInput, match="f returns nan or infinite outputs"):
+        kernel.at(W)
+
+
 def test_wrong_kernels_of_equal_samples_are_detected(monkeypatch):
     """The quadratic form of a kernel of equal rows is zero for signs that cancel."""
     signs = certificate.random_signs(64, np.empty(0))

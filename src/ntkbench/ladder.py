@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,8 +86,8 @@ OF_RECURRENT = "group_u_statistics"
 """Tried before these if the network declares its recurrence: the gradient of one trial costs more than its pass."""
 
 POOLED, LIGHT = "hutchinson", 2.5
-"""With ``rtol`` and few trials, tried before :data:`OF_RECURRENT` if its first look takes at most this many times the
-operations. Gradients of groups are slower by about this factor."""
+"""With ``rtol``, tried before :data:`OF_RECURRENT` if its first look takes at most this many times the operations, as
+with few trials. Gradients of groups are slower by about this factor."""
 
 STOCHASTIC: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "trace": (("structured_block_u_statistics", "per_sample_trace"), ("hutchpp_adaptive", "one_sided_reverse")),
@@ -481,14 +480,14 @@ def _is_short(problem: Problem, metric: str, target: Target) -> bool:
 
 
 def _is_pooled_first(problem: Problem, metric: str, options: Options) -> bool:
-    """Whether :data:`POOLED` is tried before :data:`OF_RECURRENT`, which many probes on few trials are not worth."""
-    pooled, groups = methods.get(POOLED), methods.get(OF_RECURRENT)
-    assert isinstance(pooled, Incremental) and isinstance(groups, Incremental)
-    if options.rtol is None or math.isinf(groups.worthwhile_probes(problem)):
-        return False
-    costs = (method.cost(metric, method.probes_to_decide(problem, metric)) for method in (pooled, groups))
-    of_pooled, of_groups = map(functools.partial(work, problem, metric), (pooled, groups), costs)
-    return of_pooled <= LIGHT * of_groups
+    """Whether :data:`POOLED` is tried before :data:`OF_RECURRENT`; see :data:`LIGHT`."""
+
+    def first_look(name: str) -> float:
+        method = methods.get(name)
+        assert isinstance(method, Incremental)
+        return work(problem, metric, method, method.cost(metric, method.probes_to_decide(problem, metric)))
+
+    return options.rtol is not None and first_look(POOLED) <= LIGHT * first_look(OF_RECURRENT)
 
 
 def _estimators(problem: Problem, metric: str, target: Target, options: Options) -> list[str]:

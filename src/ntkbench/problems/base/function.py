@@ -141,8 +141,9 @@ def with_columns(problem: Problem, x2: Any) -> tuple[Problem, np.ndarray]:
 def at(problem: Problem, params: Any) -> Problem:
     """The same function and inputs at other parameters; theta_f is dropped.
 
-    The function is traced again, as it may have changed since the problem was made, such as by a variable outside of
-    it. Whether samples interact is measured again if integers or booleans among the parameters differ.
+    The function is traced again. If it has changed since the problem was made, such as by a variable outside of it, it
+    is also checked again. Whether samples interact is measured again in this case, and if integers or booleans among
+    the parameters differ.
 
     Args:
         problem: from :func:`from_function`.
@@ -158,17 +159,20 @@ def at(problem: Problem, params: Any) -> Problem:
     dtype = str(next(iter(problem.theta_0.values())).dtype)
     theta = _cast(theta, dtype)
     _check_same(forward.params, tree, {**problem.theta_0, **problem.fixed_0}, theta | fixed)
-    try:
-        with own_jax_settings(dtype):
-            forward = forward.traced(_on_device(theta), _on_device(fixed), problem.x)
-    except Exception as error:
-        raise BadInput(f"f cannot be differentiated at these parameters: {summary(error)}") from error
-    interact = problem.samples_interact
-    if any(not np.array_equal(fixed[key], problem.fixed_0[key]) for key in fixed):  # such as a flag for training
-        interact = _interact(forward, theta, fixed, problem.x, problem.output_shape)
+    shape, interact = problem.output_shape, problem.samples_interact
+    with own_jax_settings(dtype):
+        try:
+            traced = forward.traced(_on_device(theta), _on_device(fixed), problem.x)
+        except Exception as error:
+            raise BadInput(f"f cannot be differentiated at these parameters: {summary(error)}") from error
+        if changed := traced != forward:
+            traced, shape = _checked(forward, theta, fixed, problem.x, "f")
+    if changed or any(not np.array_equal(fixed[key], problem.fixed_0[key]) for key in fixed):  # as a flag for training
+        interact = _interact(traced, theta, fixed, problem.x, shape)
     return replace(
         problem,
-        jax_forward=forward,
+        jax_forward=traced,
+        _shape=[shape],
         samples_interact=interact,
         theta_0={key: theta[key] for key in problem.theta_0},
         fixed_0={**problem.fixed_0, **fixed, **{key: w for key, w in theta.items() if key not in problem.theta_0}},
