@@ -201,7 +201,7 @@ def test_an_exact_method_that_does_not_apply_leaves_a_reliable_estimate_within_t
     model, x = network(lambda: nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 640), nn.Tanh()), 24, 4)
     kernel, given_up = ntkbench.Kernel(model, x), 0
     for seed in range(10):
-        found = kernel.norm(rtol=0.05, passes=60, seed=seed)
+        found = kernel.norm(rtol=0.049, passes=60, seed=seed)
         given_up += "came first" in " ".join(found.notes)
         assert found.passes <= 60 and found.degrees >= 60
     assert given_up >= 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -403,3 +404,15 @@ def test_without_forward_mode_the_batched_jacobian_takes_the_fewer_passes():
         found = ntkbench.trace(model, x[:samples], method="batched_jacobian")
         assert found.passes == passes
         assert float(found) == pytest.approx(float(ntkbench.trace(model, x[:samples], method="naive_jacobian")))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradients_that_are_zero_up_to_rounding_are_refused(dtype):
+    """The mean over positions takes out the bias before it. Metrics of rounding errors would look exact."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.InstanceNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(144, 2))
+    x = torch.randn(5, 1, 8, 8)
+    for use in (ntkbench.trace, ntkbench.effective_rank, functools.partial(ntkbench.trace, method="naive_jacobian")):
+        with pytest.raises(ntkbench.BadInput, match="zero up to rounding"):
+            use(model, x, parameters="0.bias", dtype=dtype)
+    assert ntkbench.trace(model, x, parameters=["0.bias", "4.bias"], dtype=dtype).value == pytest.approx(10)

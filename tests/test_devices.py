@@ -25,6 +25,8 @@ from ntkbench.operators import torch as backend
 from ntkbench.operators.plain import PlainNetwork
 from ntkbench.options import Target
 from ntkbench.problem import Problem
+from ntkbench.problems.base import source
+from ntkbench.problems.base.module import last_layer
 
 
 class Positions(nn.Module):
@@ -191,3 +193,16 @@ def test_eigenvalues_in_tf32_have_its_errors(monkeypatch):
     monkeypatch.setattr(lanczos, "epsilon", lambda array: arrays.TF32)
     rounded = ntkbench.Kernel(model, x).eigenvalues(2).errors
     assert (rounded > 1000 * plain).all()
+
+
+def test_networks_are_checked_where_their_weights_are(model, monkeypatch):
+    """Kernels may be computed elsewhere: tensors that the network creates must meet its weights."""
+    kernel = ntkbench.Kernel(model, X)
+    monkeypatch.setattr(source.TorchSource, "settings", lambda self, target, index: torch.device("meta"))
+    other = Positions()
+    assert kernel.at(other).problem.theta_0.keys() == kernel.problem.theta_0.keys()
+    assert kernel._beside(other).problem.theta_f is not None
+    with kernel._settings():
+        assert last_layer(kernel.problem).theta_0
+    with kernel._checks():
+        assert kernel._source.notes == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import numpy as np
@@ -121,8 +122,26 @@ class Foreign(nn.Module):
         return self.decoder(h)
 
 
+class Watched(nn.Module):
+    """A network that uses its first layer again at the end, for a value that no output depends on."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(4, 4), nn.Linear(4, O), how
+
+    def forward(self, x):
+        y = self.b(self.a(x).tanh())
+        with torch.no_grad() if self.how == "without gradient" else torch.enable_grad():
+            watched = self.a(x).std()
+        return y + 0 * watched.detach() if self.how == "detached" else y
+
+
 TOKENS = torch.tensor([0, 2, 1, 1, 2])
 LAST = {
+    **{
+        f"watched, {how}": (functools.partial(Watched, how), X, ["b.weight", "b.bias"])
+        for how in ("without gradient", "detached", "discarded")
+    },
     "used twice": (lambda: Shared(False), X, ["head.weight"]),
     "transposed early": (lambda: Shared(True), X, ["head.weight"]),
     "foreign bias": (lambda: Foreign(False), X, ["bias", "decoder.weight"]),
@@ -713,3 +732,50 @@ def test_the_alignment_of_a_zero_theta_is_undefined():
     for target in (torch.ones(N, O), torch.ones(N, N)):
         with pytest.raises(Undefined, match="not defined where Theta is zero"):
             ntkbench.Kernel(model, X).alignment(target)
+
+
+def test_a_failed_measurement_of_a_tracker_does_not_stop_the_training():
+    model, seen = net(), []
+    tracker = ntkbench.Tracker(model, X, every=1, metrics=("alignment",), log=lambda step, found: seen.append(step))
+    first = next(model.parameters())
+    kept = first.detach().clone()
+    for step in range(3):
+        with torch.no_grad():
+            first.copy_(kept)
+            if step == 1:
+                first[0, 0] = torch.nan
+        assert bool(tracker(step)) == (step != 1)
+    table = tracker.table()
+    assert table["step"].tolist() == [0, 1, 2] and seen == [0, 2]
+    assert table["alignment"].isna().tolist() == [False, True, False]
+    assert "nan or infinite weights" in table["reason"][1] and table["reason"][0] == ""
+
+
+def test_an_error_of_a_group_names_it():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    groups = {"body": "used.*", "pooler": "unused.*"}
+    with pytest.raises(Undefined, match=r"^group 'pooler': "):
+        ntkbench.effective_rank(Unused(), torch.randn(4, 3), parameters=groups)
+
+
+def test_sparse_targets():
+    model, kernel = net(), ntkbench.Kernel(net(), X)
+    A = torch.eye(N, dtype=torch.float64)
+    y = torch.zeros(N, O, dtype=torch.float64)
+    y[1, 2] = 1
+    for sparse in (A.to_sparse(), A.to_sparse_csr()):
+        assert ntkbench.alignment(model, sparse, X).value == ntkbench.alignment(model, A, X).value
+    np.testing.assert_allclose(kernel.solve(y.to_sparse(), ridge=1).values, kernel.solve(y, ridge=1).values)
+
+
+def test_the_interval_of_a_negative_alignment_covers_rounding():
+    e = ntkbench.alignment(net(), -torch.eye(N * O, dtype=torch.float64), X)
+    low, high = e.interval()
+    assert low < e.value < 0 and e.value < high

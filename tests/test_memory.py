@@ -16,6 +16,7 @@ import ntkbench
 from ntkbench import methods, testing
 from ntkbench.errors import OverMemory
 from ntkbench.methods.base import Stochastic
+from ntkbench.operators import memory as host
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -181,3 +182,23 @@ def test_what_autograd_saves_of_interacting_samples_grows_quadratically():
     saved = saved_bytes(lambda: model(x))
     assert saved > 300 * 300 * 4
     assert j.bytes_per_probe() >= 2 * saved
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("own", ["/job/step", "/"])
+def test_the_limit_of_a_control_group_counts(version, own, tmp_path, monkeypatch):
+    """A container or a job may use less memory than the machine has; cached files are freed on demand."""
+    controllers, root = ("", tmp_path) if version == 2 else ("cpu,memory", tmp_path / "memory")
+    (tmp_path / "of_process").write_text(f"3:{controllers}:{own}\n4:pids:/\n")
+    folder = root / own.lstrip("/")
+    folder.mkdir(parents=True, exist_ok=True)
+    limit, used, reclaimed = host.NAMES["" if version == 2 else "memory"]
+    for name, text in ((limit, "900000"), (used, "500000"), ("memory.stat", f"anon 1\n{reclaimed} 100000\n")):
+        (folder / name).write_text(text)
+    monkeypatch.setattr(host, "GROUPS", tmp_path)
+    monkeypatch.setattr(host, "OF_PROCESS", tmp_path / "of_process")
+    assert host.free_on_host() == 500_000
+    (folder / limit).write_text("max" if version == 2 else str(2**63 - 1))
+    assert host.free_on_host() > 500_000
+    (tmp_path / "of_process").unlink()
+    assert host.free_on_host() > 500_000

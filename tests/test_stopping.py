@@ -18,6 +18,7 @@ import ntkbench
 from ntkbench import methods
 from ntkbench.estimators.accumulators import ProbeMeans, StratifiedTrace
 from ntkbench.methods.base import ExactIsCheaper, Incremental, Stopping, stochastic
+from ntkbench.options import Target
 
 RTOL, SEEDS = 0.1, 1000
 
@@ -157,6 +158,18 @@ def test_few_samples_need_many_probes_to_decide(N, least, of_groups):
         expected = of_groups if name == "group_u_statistics" else least
         assert methods.get(name).probes_to_decide(problem, "norm") == max(expected, fewest)
     assert methods.get("one_sided_reverse").probes_to_decide(problem, "trace") == 16
+
+
+@pytest.mark.parametrize("name", ["structured_block_u_statistics", "per_sample_trace", "block_u_statistics"])
+def test_the_first_look_decides_on_a_wide_tolerance(name):
+    """A look after fewer probes has too few degrees of freedom; for narrow tolerances it only tells what they cost."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(5, 30), torch.nn.Tanh(), torch.nn.Linear(30, 60)), torch.randn(4, 5)
+    wide = ntkbench.trace(model, x, method=name, rtol=0.3)
+    assert wide.passes == 24 and wide.degrees > 30 and wide.relative_width() < 0.3
+    problem = ntkbench.from_module(model, x)
+    prepared = methods.get(name).prepare(problem, Target())
+    assert methods.get(name)._first_look(prepared, ("trace",), 0.01) == methods.get(name).first_batch
 
 
 def test_a_run_that_stops_after_few_probes_states_the_upper_limit_of_its_error():

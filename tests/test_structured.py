@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import ntkbench
 from ntkbench.errors import BadInput
@@ -705,3 +706,62 @@ def test_fallbacks_are_noted_and_logged(caplog):
     kernel.ntk()
     assert "gradients of layer.weight are written out" in caplog.text
     assert ntkbench.norm(nn.Linear(4, 2), X).notes == ()
+
+
+def one_hot(lookups: Lookups, V: int) -> Products:
+    """The same gradients, with unit vectors as inputs."""
+    found = lookups.rows[:, None] == torch.arange(V)[:, None]
+    return Products(found.to(lookups.g.dtype)[:, None], lookups.g[:, :, None])
+
+
+@given(
+    sizes=st.tuples(*[st.integers(1, 4)] * 6),
+    V=st.integers(1, 5),
+    symmetric=st.booleans(),
+    memory=st.sampled_from([1, 2000, 2**30]),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_lookups_of_a_row_many_times_or_of_no_row(sizes, V, symmetric, memory, seed):
+    """Positions of a sample with the same row add up; -1 is padding."""
+    N1, N2, K, C, S, T = sizes
+    rng = torch.Generator().manual_seed(seed)
+
+    def made(N, positions):
+        rows = torch.randint(-1, V, (N, positions), generator=rng)
+        return Lookups(rows, torch.randn(N, K, C, positions, generator=rng, dtype=torch.float64))
+
+    one, other = made(N1, S), made(N2, T)
+    N2 = N1 if symmetric else N2
+    tuning, kernels = Tuning(block_rows=2, columns=1), []
+    for left, right in ((one, other), (one_hot(one, V), one_hot(other, V))):
+        theta = torch.zeros(N1, K, N2, K, dtype=torch.float64)
+        contraction.add(theta, left, None if symmetric else right, memory, tuning)
+        kernels.append(theta.view(N1 * K, -1).tril() if symmetric else theta)
+        squares = contraction.diagonal(left, memory, tuning)
+        explicit = one_hot(one, V).explicit(slice(None), slice(None))
+        torch.testing.assert_close(squares, explicit.square().sum(-1))
+    torch.testing.assert_close(*kernels)
+
+
+def test_the_cost_of_an_embedding_is_linear_in_the_length_of_sequences():
+    costs = []
+    for S in (64, 1024):
+        rows, g = torch.randint(0, 4, (2, S)), torch.randn(2, 1, 8, S)
+        with FlopCounterMode(display=False) as counter:
+            contraction.diagonal(Lookups(rows, g), 2**30, Tuning())
+            contraction.add(torch.zeros(2, 1, 2, 1), Lookups(rows, g), None, 2**30, Tuning())
+        costs.append(counter.get_total_flops())
+    assert costs[1] <= 16 * costs[0]
+
+
+def test_a_branch_without_entries():
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.none, self.all = nn.Linear(0, 5), nn.Linear(3, 5)
+
+        def forward(self, x):
+            return self.none(x[:, :0]) + self.all(x).tanh()
+
+    holds(Empty(), torch.randn(3, 3))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import mostly_slow
 from live_bytes import LiveBytes
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -270,3 +271,42 @@ def test_products_of_probes_of_many_samples_are_within_the_memory():
     found = ntkbench.Kernel(net, x, memory=2**22).factors(probes=64)
     assert found.P["norm"].standard_error is not None, "in groups of probes"
     assert ntkbench.Kernel(net, x).factors(probes=64).P["norm"].standard_error is None
+
+
+NETWORKS = {
+    "embedding": (
+        lambda: nn.Sequential(nn.Embedding(1000, 32), Mean(), nn.Linear(32, 1)),
+        lambda: torch.randint(0, 1000, (200, 256)),
+    ),
+    "transposed convolution": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.Tanh(), nn.ConvTranspose2d(8, 8, 5), nn.Tanh(), nn.Flatten(), nn.Linear(3200, 2)
+        ),
+        lambda: torch.randn(40, 1, 18, 18),
+    ),
+    "kernel of nearly the memory": (
+        lambda: nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 7)),
+        lambda: torch.randn(145, 3),
+    ),
+}
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(1)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("metric", ["trace", "norm"])
+def test_a_metric_by_layers_holds_no_more_than_the_memory(name, metric):
+    """Also where cotangents are copied, and where the kernel is not the result."""
+    torch.manual_seed(0)
+    model, x = (made() for made in NETWORKS[name])
+    memory = 2**22
+    kernel = ntkbench.Kernel(model, x, memory=memory)
+    expected = getattr(kernel, metric)(method="structured_derivatives")  # traces the programs
+    with LiveBytes() as live:
+        found = getattr(kernel, metric)(method="structured_derivatives")
+    assert found.value == pytest.approx(expected.value)
+    weights = sum(w.nbytes for w in model.parameters())
+    assert live.peak <= 1.1 * memory + weights

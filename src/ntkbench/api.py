@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from ntkbench import ladder, metrics, stream
+from ntkbench import errors, ladder, metrics, stream
 from ntkbench.errors import BadInput, unknown
 from ntkbench.estimate import Estimate, Estimates
 from ntkbench.kernel import Kernel, Setup
@@ -591,5 +591,5 @@ def _use(
     setup.pop("parameters", None)
     if isinstance(parameters, Mapping):
         groups = Kernel(model, inputs, parameters="*", **setup).groups(parameters)
-        return {name: use(kernel, chosen) for name, kernel in groups.items()}
+        return errors.by_name("group", groups, lambda kernel: use(kernel, chosen))
     return use(Kernel(model, inputs, parameters=parameters, **setup), chosen)

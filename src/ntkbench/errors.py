@@ -6,7 +6,8 @@ import contextlib
 import difflib
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 
 class NtkbenchError(Exception):
@@ -15,6 +16,10 @@ class NtkbenchError(Exception):
 
 class BadInput(NtkbenchError, ValueError):
     """An argument or a configuration value that cannot be used."""
+
+
+class NotFinite(BadInput):
+    """Weights, outputs or gradients of a network that are nan or infinite."""
 
 
 class Unavailable(NtkbenchError):
@@ -121,3 +126,15 @@ def as_one_line() -> Iterator[None]:
         yield
     except NtkbenchError as error:
         sys.exit(f"ntkbench: {error}")
+
+
+def by_name(kind: str, things: Mapping[str, Any], use: Callable[[Any], Any]) -> dict[str, Any]:
+    """``use`` of each thing, by name; an error on purpose names the thing, such as ``group 'head'``."""
+    found = {}
+    for name, each in things.items():
+        try:
+            found[name] = use(each)
+        except NtkbenchError as error:
+            error.args = (f"{kind} {name!r}: {error}", *error.args[1:])
+            raise
+    return found

@@ -216,6 +216,8 @@ class Estimate:
             low, high = inverse(centre - spread), inverse(centre + spread)
         low, high = self._with_rounding(low, high)
         least, most = RANGES.get(self.metric, (-math.inf, math.inf))
+        if self.metric == "alignment" and self.standard_error is None:
+            least = -1.0  # that with a matrix that is not positive semidefinite
         return min(max(low, least), self.value), max(min(high, most), self.value)
 
     def _with_rounding(self, low: float, high: float) -> tuple[float, float]:

@@ -623,9 +623,8 @@ class Kernel:
             BadInput: the inputs are not like those of this kernel, or samples interact.
         """
         if not self.problem.samples_interact:
-            with self._settings():
+            with self._checks():
                 problem, columns = self._source.columns(self.problem, inputs)
-            with ambient.own_settings():
                 if problem.N > 1 or not _interact(problem, columns):
                     return problem, columns
         raise BadInput(NO_COLUMNS)
@@ -637,7 +636,7 @@ class Kernel:
             BadInput: it has another shape, or is not real and finite.
         """
         try:
-            given = to_numpy(y.detach() if hasattr(y, "detach") else y)
+            given = _dense(y)
         except ValueError as error:  # a list of lists of different lengths
             raise BadInput(f"y must be an array: {errors.reason(error)}") from None
         if given.dtype.kind not in "fiub":
@@ -664,7 +663,7 @@ class Kernel:
             BadInput: there are no such parameters, they have other shapes, others are trainable, or with the same
                 values the network computes other outputs or gradients.
         """
-        with self._settings():
+        with self._checks():
             return self._derived(self._source.at(self.problem, weights))
 
     def _on(self, inputs: Any) -> Kernel:
@@ -675,7 +674,7 @@ class Kernel:
         """
         from ntkbench.problems.base.module import on_inputs
 
-        with self._settings():
+        with self._checks():
             return self._derived(on_inputs(*self._source.columns(self.problem, inputs)))
 
     def groups(self, patterns: Mapping[str, Patterns]) -> dict[str, Kernel]:
@@ -706,7 +705,7 @@ class Kernel:
 
         if isinstance(other, Kernel) and other._target.backend != self._target.backend:
             raise BadInput("one kernel is of a torch.nn.Module, the other of a JAX function: use one backend for both")
-        with self._settings():
+        with self._checks():
             end = other.problem if isinstance(other, Kernel) else self._end(other)
             return self._derived(paired(self.problem, end))
 
@@ -730,6 +729,7 @@ class Kernel:
         ladder.check(names, asked)
         with self._settings():
             found = ladder.estimates(self.problem, names, self._target, asked, self._prepare)
+        with self._checks():
             if not (notes := self._source.notes):
                 return found
         return Estimates({name: replace(each, notes=(*each.notes, *notes)) for name, each in found.items()})
@@ -769,7 +769,7 @@ class Kernel:
         Raises:
             BadInput: it is neither, or may be both; or the options do not apply to it.
         """
-        p, target = self.problem, to_numpy(given.detach() if hasattr(given, "detach") else given)
+        p, target = self.problem, _dense(given)
         if target.dtype.kind not in "fiub":
             raise BadInput(f"the target of an alignment must hold real numbers, got {target.dtype}")
         largest = _largest(target) if target.size else 0.0
@@ -938,6 +938,19 @@ class Kernel:
 
     def _settings(self) -> contextlib.AbstractContextManager[object]:
         return self._source.settings(self._target, self._index)
+
+    def _checks(self) -> contextlib.AbstractContextManager[object]:
+        return self._source.checks(self._target, self._index)
+
+
+def _dense(given: Any) -> np.ndarray:
+    """An array of any library on the host, without zeros left out."""
+    given = given.detach() if hasattr(given, "detach") else given
+    for name in ("to_dense", "todense", "toarray"):  # of torch, JAX and SciPy
+        if hasattr(given, name):
+            given = getattr(given, name)()
+            break
+    return np.asarray(to_numpy(given))
 
 
 def _in_jax(problem: Problem, columns: Any) -> list[Way]:

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from ntkbench import errors, methods, metrics, operations, operators, progress_bar
-from ntkbench.errors import BadInput, Missing, OverMemory, Unavailable, Undefined, Unsupported
+from ntkbench.errors import BadInput, Missing, NotFinite, OverMemory, Unavailable, Undefined, Unsupported
 from ntkbench.estimate import Estimate, Estimates, rounding_note
 from ntkbench.methods import Method
 from ntkbench.methods.base import WORTH, ExactIsCheaper, Incremental, OthersAreCheaper, Stochastic, Stopping, wide
@@ -739,5 +739,5 @@ def _computed(
         if not math.isfinite(estimate.value):
             wider = "" if target.dtype == "float64" else f" {target.dtype} (dtype='float64' has a wider range)"
             said = f"the {metric} by {method.name} is {estimate.value}: gradients are not finite, or overflow{wider}"
-            raise BadInput(said)
+            raise NotFinite(said)
     return {metric: replace(estimate, confidence=options.confidence) for metric, estimate in found.items()}

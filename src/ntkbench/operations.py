@@ -38,6 +38,7 @@ class Count(NamedTuple):
         multiplications: of matrix products and convolutions, for all samples; at least one for each parameter and
             sample.
         layers: those with weights; empty if they cannot be counted.
+        tables: entries of a row of each embedding, and the positions at which a sample looks up rows.
         last: rows and columns of the two factors of the last matrix product; empty if the last product is a
             convolution, ``None`` if it is not known.
     """
@@ -45,6 +46,7 @@ class Count(NamedTuple):
     multiplications: float
     layers: tuple[Layer, ...]
     last: tuple[tuple[int, int], ...] | None = None
+    tables: tuple[tuple[float, float], ...] = ()
 
 
 def count(problem: Problem) -> Count:
@@ -90,7 +92,7 @@ def of_kernel(problem: Problem, directions: float, *, shorter: bool = False) -> 
         pairwise = N**2 * (D + K**2 * C if S <= 1 else S * (S * (D + K * C) + K**2 * C))
         explicit = C * D * N * K * (2 * S + N * K)
         total += groups * min(pairwise, explicit)
-    return total
+    return total + sum(N**2 * S * C * (K + K**2) for C, S in count(problem).tables)
 
 
 def of_diagonal(problem: Problem, directions: float) -> float:
@@ -100,7 +102,7 @@ def of_diagonal(problem: Problem, directions: float) -> float:
     for groups, C, D, S in count(problem).layers:
         positions = N * S**2 * (D + K * C) if S > 1 else 0.0
         total += 2 * groups * min(N * K * C * D * S, positions + N * (D + K * C))
-    return total
+    return total + sum(2 * N * K * S * C for C, S in count(problem).tables)
 
 
 def ends(metric: str) -> int:
@@ -135,7 +137,7 @@ def _counted(problem: Problem) -> Count:
     recurrent = declares(problem.module)
     steps = problem.x.shape[1] if recurrent else 1
     try:
-        total, layers, last = _on_shapes(problem)
+        total, layers, last, tables = _on_shapes(problem)
     except Exception:  # a network that runs, but not while its operations are counted
         return Count(steps * least, ())
     if recurrent:  # each step uses the same weights
@@ -143,17 +145,20 @@ def _counted(problem: Problem) -> Count:
         for groups, C, D, S in layers:
             positions[groups, C, D] += S
         return Count(steps * least, tuple(Layer(*sizes, S) for sizes, S in positions.items()))
-    return Count(max(least, total), tuple(layers), last)
+    return Count(max(least, total), tuple(layers), last, tuple(tables))
 
 
-def _on_shapes(problem: Problem) -> tuple[float, list[Layer], tuple[tuple[int, int], ...]]:
-    """Multiplications of a forward pass, its products with weights, and the factors of its last product."""
+def _on_shapes(
+    problem: Problem,
+) -> tuple[float, list[Layer], tuple[tuple[int, int], ...], list[tuple[float, float]]]:
+    """Multiplications of a forward pass, its products with weights, the factors of its last product, its embeddings."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     if problem.module is None:
         raise TypeError("no network in torch")
     aten, layers, last = torch.ops.aten, list[Layer](), tuple[tuple[int, int], ...]()
+    tables: list[tuple[float, float]] = []
 
     def add(groups: float, C: float, D: float, S: float) -> int:
         layers.append(Layer(groups, C, D, S))
@@ -181,7 +186,11 @@ def _on_shapes(problem: Problem) -> tuple[float, list[Layer], tuple[tuple[int, i
             return add(groups, w[1], w[0] // groups * positions, math.prod(x[2:]))
         return add(groups, w[0] // groups, w[1] * positions, math.prod(out_shape[2:]))
 
-    own = {aten.mm: mm, aten.addmm: addmm, aten.bmm: bmm, aten.convolution: convolution}
+    def embedding(table: Any, rows: Any, *_: Any, **__: Any) -> int:
+        tables.append((table[1], math.prod(rows) / problem.N))
+        return 0
+
+    own = {aten.mm: mm, aten.addmm: addmm, aten.bmm: bmm, aten.convolution: convolution, aten.embedding: embedding}
     with uncompiled(), FlopCounterMode(display=False, custom_mapping=own) as counter:
         on_shapes(problem, problem.module)
-    return counter.get_total_flops() / 2, layers, last
+    return counter.get_total_flops() / 2, layers, last, tables

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ntkbench import methods
+from ntkbench import errors, methods
 from ntkbench.errors import BadInput, OverMemory, summary
 from ntkbench.estimate import Estimate
 from ntkbench.estimators.standard_errors import satterthwaite
@@ -93,7 +93,7 @@ def _of_one(kernel: Kernel, groups: Mapping[str, Any] | None, options: Options) 
     """The trace of one kernel, or of groups of its parameters."""
     if groups is None:
         return kernel.trace(**_asked(options))
-    return {name: each.trace(**_asked(options)) for name, each in kernel.groups(groups).items()}
+    return errors.by_name("group", kernel.groups(groups), lambda each: each.trace(**_asked(options)))
 
 
 def _by_part(first: Kernel, parts: Iterator[Any], groups: Mapping[str, Any] | None, options: Options) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import numbers
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
@@ -53,7 +54,9 @@ class Tracker:
         keywords: see :class:`ntkbench.Kernel` and :class:`ntkbench.options.Options`.
 
     Attributes:
-        history: measured steps, each with its estimates by name.
+        history: measured steps, each with its estimates by name; none where a measurement failed.
+        failures: why measurements failed, by step: weights that are not finite, a kernel that is zero, or too little
+            memory. A failure does not stop the training; it is logged as a warning.
 
     Raises:
         BadInput: an argument cannot be used; says what is allowed. A call raises it if the network no longer computes
@@ -93,9 +96,13 @@ class Tracker:
         self._first: Kernel | None = None
         self._last: int | None = None
         self.history: list[tuple[int, dict[str, Estimate]]] = []
+        self.failures: dict[int, str] = {}
 
     def __call__(self, step: int) -> dict[str, Estimate] | None:
-        """Measure if a measurement is due; returns the estimates by name, ``None`` between two measurements."""
+        """Measure if a measurement is due; returns the estimates by name, ``None`` between two measurements.
+
+        If the measurement fails, there are no estimates, and :attr:`failures` has the reason.
+        """
         if not isinstance(step, numbers.Integral):
             raise BadInput(f"step must be a whole number, got {step!r}")
         if self._last is not None and step < self._last:
@@ -103,8 +110,23 @@ class Tracker:
         self._last = step
         if self.history and step < self.history[-1][0] + self._every:
             return None
-        kernel = self._kernel.at(self._present())
-        self._first = self._first or kernel
+        kernel = None
+        try:
+            kernel = self._kernel.at(self._present())
+            found = self._measured(kernel)
+            self._first = self._first or kernel
+        except errors.NtkbenchError as error:
+            transient = isinstance(error, (errors.NotFinite, errors.Undefined, errors.OverMemory))
+            if not transient and (kernel is None or self._first is None):  # another function, or unsuitable options
+                raise
+            found, self.failures[step] = {}, errors.reason(error)
+            logging.getLogger("ntkbench").warning("step %d was not measured: %s", step, self.failures[step])
+        self.history.append((step, found))
+        if found and self._log is not None:
+            self._log(step, found)
+        return found
+
+    def _measured(self, kernel: Kernel) -> dict[str, Estimate]:
         found: dict[str, Estimate] = {}
         if rest := [name for name in self._names if name != "alignment"]:
             every = (
@@ -114,10 +136,7 @@ class Tracker:
             )
             found = {name: every[name] for name in rest}
         if "alignment" in self._names:
-            found["alignment"] = self._first.alignment(kernel, **self._options)
-        self.history.append((step, found))
-        if self._log is not None:
-            self._log(step, found)
+            found["alignment"] = (self._first or kernel).alignment(kernel, **self._options)
         return found
 
     def _network(self) -> nn.Module:
@@ -137,6 +156,8 @@ class Tracker:
     def table(self, confidence: float | None = None) -> pd.DataFrame:
         """One row for each measured step: ``step``, and for each metric its value and the ends of its interval.
 
+        If a measurement failed, there is a column ``reason``.
+
         The confidence level is that of the tracker's estimates unless another is given.
 
         Raises:
@@ -151,6 +172,8 @@ class Tracker:
             for name, estimate in found.items():
                 low, high = estimate.interval(confidence)
                 row |= {name: estimate.value, f"{name}_low": low, f"{name}_high": high}
+            if self.failures:
+                row["reason"] = self.failures.get(step, "")
             rows.append(row)
         return pd.DataFrame(rows)
 

@@ -238,11 +238,11 @@ def _footprint(graph: fx.Graph, layers: Sequence[Layer | ExplicitGradient], samp
             handed |= {storage: value.untyped_storage().nbytes() for storage, value in parts.items()}
             item = max((v.element_size() for v in parts.values()), default=4)
             layer = layers[node.args[1]]
-            extra = item * samples * sum(use.inputs for use in layer.uses)
+            directions = node.args[3][0].meta["val"].shape[1]
+            extra = item * samples * sum(use.inputs + directions * use.copied for use in layer.uses)
             if layer.computed is not None:  # scaled copies
                 extra += sum(value.nbytes for value in parts.values())
                 if layer.computed.blocks.shape[2] > 1:  # cotangents carried to the inputs
-                    directions = node.args[3][0].meta["val"].shape[1]
                     extra += item * samples * directions * sum(use.inputs for use in layer.uses)
         peak = max(peak, sum(alive.values()) + extra)
         for storage in ending.get(i, ()):

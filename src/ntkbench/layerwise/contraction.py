@@ -5,18 +5,22 @@ Theta_(bo)(cp) = sum_{s,t} (a_bs . a_ct) (g_bos . g_cpt), with positions s and t
 - *pairwise* (also called ghost): inner products of inputs and of cotangents first, without any gradient.
 - *explicit*: the gradients sum_s g_bos ⊗ a_bs, some channels at a time, then their inner products.
 
-Pairwise is cheaper for few positions and many channels, explicit for many positions. For a symmetric kernel only the
-lower triangle is computed, by blocks of samples; entries above the diagonal blocks are not touched.
+Pairwise is cheaper for few positions and many channels, explicit for many positions. Inputs of an embedding are unit
+vectors: the cotangents of a sample's positions with the same row are added up first, and then each row of the table is
+at one position of another sample at most. For a symmetric kernel only the lower triangle is computed, by blocks of
+samples; entries above the diagonal blocks are not touched.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ntkbench.layerwise.factors import GradientFactors, Lookups, Products, Rows, Tied, Weighted
 from ntkbench.layerwise.tuning import Tuning
@@ -38,7 +42,8 @@ def add(theta: Tensor, left: GradientFactors, right: GradientFactors | None, mem
         tuning: costs that choose the order of summation, and sizes of blocks.
     """
     symmetric = right is None
-    match left, left if right is None else right:
+    left = _shortened(left)
+    match left, left if right is None else _shortened(right):
         case Rows(one), Rows(other):
             _add_rows(theta, one, other, symmetric, tuning)
         case Lookups() as one, Lookups() as other:
@@ -56,6 +61,15 @@ def add(theta: Tensor, left: GradientFactors, right: GradientFactors | None, mem
             _add_rows(theta, one.rows * one.b, other.rows, symmetric, tuning)
         case _:
             raise TypeError(f"rows are {type(left).__name__}, columns are {type(right).__name__}")
+
+
+def _shortened(factors: GradientFactors) -> GradientFactors:
+    """The same gradients, with lookups of distinct rows."""
+    if isinstance(factors, Lookups):
+        return factors.distinct()
+    if isinstance(factors, Tied) and isinstance(factors.one, Lookups):
+        return dataclasses.replace(factors, one=factors.one.distinct())
+    return factors
 
 
 def pairwise_is_cheaper(left: Products, right: Products, symmetric: bool, tuning: Tuning) -> bool:
@@ -90,51 +104,38 @@ def diagonal(factors: GradientFactors, memory: int, tuning: Tuning) -> Tensor:
         memory: bytes that intermediate results may fill.
         tuning: costs that choose the order of summation.
     """
+    factors = _shortened(factors)
     if isinstance(factors, Rows):
         return arrays.squared_norms(factors.rows)
+    if isinstance(factors, Lookups):
+        return (factors.g.square().sum(-2) * (factors.rows >= 0)[:, None]).sum(-1)
     if isinstance(factors, Tied):
         return _tied_diagonal(factors, memory, tuning)
     if isinstance(factors, Weighted):
         return diagonal(factors.scaled, memory, tuning) + factors.rows.square() @ factors.b
-    N, K = factors.g.shape[:2]
-    if isinstance(factors, Products):
-        _, _, groups, C, D, S = factors.sizes
-        if S == 1:
-            a, g = factors.a[..., 0], factors.g[..., 0]
-            return (arrays.squared_norms(a)[:, None] * arrays.squared_norms(g)).sum(-1)
-        if K * C * (D + tuning.entry_cost) <= S * (D + K * C):
-            pieces = _pieces(groups * C, N * K * D * factors.g.element_size(), memory)
-            squares = factors.g.new_zeros(N, K)
-            for some, channels in _channels(groups, C, pieces):
-                rows = factors.explicit(some, channels)
-                squares += arrays.squared_norms(rows)
-            return squares
-    size = factors.g[0].numel() * 2 + _positions(factors) ** 2
+    N, K, groups, C, D, S = factors.sizes
+    if S == 1:
+        a, g = factors.a[..., 0], factors.g[..., 0]
+        return (arrays.squared_norms(a)[:, None] * arrays.squared_norms(g)).sum(-1)
+    if K * C * (D + tuning.entry_cost) <= S * (D + K * C):
+        pieces = _pieces(groups * C, N * K * D * factors.g.element_size(), memory)
+        squares = factors.g.new_zeros(N, K)
+        for some, channels in _channels(groups, C, pieces):
+            rows = factors.explicit(some, channels)
+            squares += arrays.squared_norms(rows)
+        return squares
+    size = factors.g[0].numel() * 2 + S**2
     found = []
     for block in _slices(N, _pieces(N, size * factors.g.element_size(), memory)):
         part = factors.samples(block)
-        g = part.g.flatten(1, -2) if isinstance(part, Lookups) else part.g.movedim(2, 1).flatten(2, 3)
-        gram = _own_gram(part)
-        seen = (g @ gram).reshape(g.shape)
-        products = torch.linalg.vecdot(seen, g)
-        if isinstance(part, Products):
-            products = products.unflatten(-1, (K, -1)).sum((1, 3))
-        else:
-            products = products.unflatten(-1, (K, -1)).sum(-1)
-        found.append(products)
+        g = part.g.movedim(2, 1).flatten(2, 3)
+        seen = (g @ (part.a.mT @ part.a)).reshape(g.shape)
+        found.append(torch.linalg.vecdot(seen, g).unflatten(-1, (K, -1)).sum((1, 3)))
     return torch.cat(found)
 
 
 def _positions(factors: Products | Lookups) -> int:
     return factors.g.shape[-1]
-
-
-def _own_gram(factors: Products | Lookups) -> Tensor:
-    """Inner products between the inputs at all positions of each sample, ``[N, (groups,) S, S]``."""
-    if isinstance(factors, Products):
-        return factors.a.mT @ factors.a
-    same = factors.rows[:, :, None] == factors.rows[:, None]
-    return (same & (factors.rows >= 0)[:, None]).to(factors.g.dtype)
 
 
 def _add_rows(theta: Tensor, left: Tensor, right: Tensor, symmetric: bool, tuning: Tuning) -> None:
@@ -209,22 +210,50 @@ def _add_positions(
     if isinstance(left, Products):
         inputs = left.a[:, group].mT.reshape(N1 * S, -1)
         others = right.a[:, group].mT.reshape(N2 * T, -1)
+        fixed = N1 * S * T * theta.element_size()
     else:
-        inputs, others = left.rows.reshape(-1), right.rows.reshape(-1)
-    fixed, per_direction = (N1 * size * theta.element_size() for size in (S * T, S * C + K1))
+        known, numbers = torch.cat([left.rows.reshape(-1), right.rows.reshape(-1)]).unique(return_inverse=True)
+        inputs, others = numbers[: N1 * S], numbers[N1 * S :].view(N2, T)
+        fixed = (N1 * S + len(known)) * numbers.element_size()
+    per_direction = N1 * (S * C + K1) * theta.element_size()
     for columns in _triangle(N2, K2, symmetric, tuning, _pieces(N2, fixed + per_direction, memory)):
         rows = slice(columns.start if symmetric else 0, N1)
         count = columns.stop - columns.start
-        mine, theirs = inputs[rows.start * S :], others[columns.start * T : columns.stop * T]
-        gram = theirs @ mine.T if isinstance(left, Products) else _same(theirs, mine).to(theta.dtype)
-        gram = gram.view(count, T, -1).mT  # [columns, rows * S, T]
+        mine = inputs[rows.start * S :]
+        if isinstance(left, Products):
+            theirs = others[columns.start * T : columns.stop * T]
+            met = (theirs @ mine.T).view(count, T, -1).mT  # [columns, rows * S, T]
+        else:
+            places = _places(others[columns], right.rows[columns], len(known))
+            met = places[:, mine]  # [columns, rows * S]
         # With few columns, the second product would read the rows' cotangents for little arithmetic.
         fitting = (memory - count * fixed) // (count * per_direction)
         wide = max(1, min(-(-tuning.columns // count), fitting))
         for some in _slices(K2, -(-K2 // wide)):
-            carried = _carried(gram, h[columns, some].mT)  # [columns, directions, rows * S, C]
+            carry = _carried if isinstance(left, Products) else _looked_up
+            carried = carry(met, h[columns, some].mT)  # [columns, directions, rows * S, C]
             carried = carried.view(-1, rows.stop - rows.start, S * C).permute(1, 2, 0)
             theta[rows, :, columns, some] += (g[rows] @ carried).unflatten(-1, (count, -1))
+
+
+def _places(numbers: Tensor, rows: Tensor, count: int) -> Tensor:
+    """The position at which each sample looks up each row of a table, ``[N, count]``; T if there is none.
+
+    Args:
+        numbers: numbers of the rows that samples look up at T positions, ``[N, T]``.
+        rows: these rows, different for each sample; -1 for none.
+        count: how many numbers there are.
+    """
+    N, T = rows.shape
+    positions = torch.where(rows < 0, T, torch.arange(T, device=rows.device))
+    return numbers.new_full((N, count), T).scatter_(1, numbers, positions)
+
+
+def _looked_up(places: Tensor, h: Tensor) -> Tensor:
+    """The entries of ``h`` ``[count, K, T, C]`` at ``places`` ``[count, rows]``, ``[count, K, rows, C]``; 0 at T."""
+    count, K, _, C = h.shape
+    padded = functional.pad(h, (0, 0, 0, 1))
+    return padded.gather(2, places[:, None, :, None].expand(count, K, -1, C))
 
 
 def _carried(gram: Tensor, h: Tensor) -> Tensor:

@@ -82,6 +82,20 @@ class Lookups:
         rows = self.rows.reshape(-1)
         return mixed.new_zeros(count, mixed.shape[1]).index_add_(0, rows.clamp(min=0), mixed * (rows >= 0)[:, None])
 
+    def distinct(self) -> Lookups:
+        """The same gradients with each row at one position of a sample at most: cotangents of a row are added up."""
+        rows, order = self.rows.sort(1)
+        new = torch.ones_like(rows, dtype=torch.bool)
+        new[:, 1:] = rows[:, 1:] != rows[:, :-1]
+        if new.all():
+            return self
+        place = new.cumsum(1) - 1
+        count = int(place.max()) + 1
+        made = rows.new_full((len(rows), count), -1).scatter_(1, place, rows)
+        places = torch.empty_like(place).scatter_(1, order, place)
+        g = self.g.new_zeros(*self.g.shape[:-1], count)
+        return Lookups(made, g.scatter_add_(-1, places[:, None, None].expand_as(self.g), self.g))
+
     def folded(self) -> Lookups:
         """See :meth:`Products.folded`."""
         return Lookups(self.rows, self.g.flatten(1, 2)[:, None])
@@ -165,16 +179,16 @@ class Tied:
 
         If ``summed`` they are ``[N, 1, K * channels * D]``.
         """
-        D = self.sizes[3]
-        if isinstance(self.one, Lookups):
-            looked_up = self.one.rows[:, None] == torch.arange(D, device=self.one.rows.device)[:, None]
-            one = Products(looked_up.to(self.one.g.dtype)[:, None], self.one.g[:, :, None])
-        else:
-            one = self.one
         every = slice(None)
         other = Products(self.other.a[:, :, channels], self.other.g).explicit(every, every)
-        rows = one.explicit(every, channels) + other.unflatten(2, (D, -1)).mT.flatten(2)
-        return rows.flatten(1)[:, None] if self.summed else rows
+        rows = other.unflatten(2, (self.sizes[3], -1)).mT.contiguous()  # [N, K, channels, D]
+        if isinstance(self.one, Lookups):
+            looked_up = self.one.rows[:, None, None].long()
+            g = self.one.g[:, :, channels] * (looked_up >= 0)
+            rows.scatter_add_(-1, looked_up.clamp(min=0).expand_as(g), g)
+        else:
+            rows += self.one.explicit(every, channels).view_as(rows)
+        return rows.flatten(1)[:, None] if self.summed else rows.flatten(2)
 
 
 @final

@@ -435,9 +435,9 @@ class LayerwiseKernel:
                 self.certificate = max(off, self.certificate or 0.0)
 
     def _fits(self, task: Task, sets: Sequence[ParameterValues], x: Tensor) -> bool:
-        """Whether the kernels at all parameter sets fit in memory as a whole."""
+        """Whether the kernels at all parameter sets fit as a whole in the memory that a run leaves."""
         rows = len(x) * (1 if task.fold else task.count)
-        return len(sets) * rows**2 * sets[0][0].element_size() <= self.memory
+        return len(sets) * rows**2 * sets[0][0].element_size() <= self.memory // 4
 
     def _rectangle(
         self,

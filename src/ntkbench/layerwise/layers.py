@@ -327,7 +327,9 @@ def _is_table(group: tuple[Use, ...]) -> bool:
 
 
 def _different(entries: Tensor) -> bool:
-    """Whether all indices are different; much faster than sorting them."""
+    """Whether there are indices, and all are different; much faster than sorting them."""
+    if not len(entries):
+        return False
     seen = torch.zeros(int(entries.max()) + 1, dtype=torch.bool, device="cpu")
     seen[entries] = True
     return int(seen.sum()) == len(entries)

@@ -69,6 +69,28 @@ def check_plain(difference: float, reference: Reference, like: Array, n: int) ->
         )
 
 
+def check_size(reference: Reference, v: Array, gradient: Array) -> None:
+    """Refuse gradients that are rounding errors of zero, as those of a bias before a normalisation; 1 or 2 passes.
+
+    Rounding errors are multiplied by -2 if the cotangent is, which is exact, but not by 3. A backward pass with a rule
+    of its own, such as clipping, depends on the scale for both.
+
+    Args:
+        reference: gives the gradients.
+        v: a random cotangent ``[n]``.
+        gradient: its gradient ``[P]``.
+
+    Raises:
+        Uncertified: they are.
+    """
+
+    def off(factor: int) -> float:
+        return distance(reference.gradient(factor * v), factor * gradient)
+
+    if off(3) > PLAIN and off(-2) <= tolerance(arrays.epsilon(v)):
+        raise Uncertified("its gradients are zero up to rounding")
+
+
 class Reference:
     """The gradient of random cotangents over the whole batch, by one plain backward pass each.
 

@@ -58,6 +58,14 @@ class Use:
         _, C, D = self.entries.shape if self.entries.ndim == 3 else (1, self.entries.shape[1], 1)
         return self.node.meta["val"].numel() // C * D
 
+    @property
+    def copied(self) -> int:
+        """Number of entries of a sample's cotangents that are copied for one direction, over all positions."""
+        if self.entries.ndim == 2:  # those of the same row of a table are added up
+            return int(self.node.meta["val"].numel())
+        _, C, D = self.entries.shape
+        return self.operand.meta["val"].numel() // D * C if self.overlaps else 0
+
 
 def rule_for(node: fx.Node, argument: fx.Node, entries: Tensor) -> Use | None:
     """The rule for a use; ``None`` if there is none.

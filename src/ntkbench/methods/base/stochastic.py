@@ -303,7 +303,7 @@ class Incremental(Stochastic):
     """A stochastic method that accumulates probes, which serve several metrics and can reach a tolerance.
 
     Attributes:
-        first_batch: number of probes before the first check of the standard error, if there is a tolerance.
+        first_batch: smallest number of probes before the first check of the standard error, if there is a tolerance.
         order: the error falls at best as this power of the number of probes; a half for means, one for pairs.
     """
 
@@ -323,6 +323,13 @@ class Incremental(Stochastic):
     def worthwhile_probes(self, problem: Problem) -> float:
         """Probes beyond which methods whose cost is linear in their number are cheaper."""
         return math.inf
+
+    def _first_look(self, prepared: Any, names: Sequence[str], rtol: float) -> int:
+        """Probes before the first check of the errors: :meth:`probes_to_decide` if these may reach the tolerance."""
+        problem = getattr(prepared, "problem", None)
+        if problem is None or rtol < WIDE:
+            return self.first_batch
+        return _rounded(max(self.probes_to_decide(problem, name) for name in names), self.first_batch)
 
     @abstractmethod
     def begin(self, prepared: Any, names: Sequence[str], seed: int) -> tuple[Accumulator, Ledger]:
@@ -367,7 +374,7 @@ class Incremental(Stochastic):
         most = self.affordable(prepared, names, passes) // max(self.passes_per_probe(name) for name in names)
         fewest = max(self.fewest_probes, accumulator.least)
         looks: list[tuple[int, float]] = []
-        drawn, batch = 0, most if rtol is None else min(most, max(self.first_batch, fewest))
+        drawn, batch = 0, most if rtol is None else min(most, max(self._first_look(prepared, names, rtol), fewest))
         while True:
             accumulator.extend(batch)
             drawn += batch
@@ -455,6 +462,9 @@ WORTH = 0.5
 
 It is below 1 because the number of probes that are needed is uncertain, and the cost of exact values is not.
 """
+WIDE = 0.05
+"""Smallest tolerance that the first look may reach. For smaller ones it is early, because it only tells how many probes
+are needed, or that exact values are cheaper."""
 MOST_EXCESS = 1e4
 """Ratio of error to tolerance beyond which larger ratios make no difference."""
 

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ntkbench.ambient import own_settings
-from ntkbench.errors import BadInput, OverMemory, summary, unknown
+from ntkbench.errors import BadInput, NotFinite, OverMemory, summary, unknown
 from ntkbench.layerwise.layers import of_last_module
 from ntkbench.modules import cast, copied, frozen, load
 from ntkbench.operators import certificate
@@ -166,7 +166,7 @@ def at(problem: Problem, weights: nn.Module | Mapping[str, Any], role: str = "th
         if tuple(value.shape) != present[key].shape:
             raise BadInput(f"{key!r} must be of shape {present[key].shape}, got {tuple(value.shape)}")
         if key in problem.theta_0 and not value.isfinite().all():
-            raise BadInput(f"{role} has nan or infinite weights: {key!r}")
+            raise NotFinite(f"{role} has nan or infinite weights: {key!r}")
         if value.is_complex() and present[key].dtype.kind != "c":
             raise BadInput(f"{key!r} must be real, got {value.dtype}")
         found[key] = to_numpy(value).astype(present[key].dtype)
@@ -315,19 +315,20 @@ def last_layer(problem: Problem) -> Problem:
             f"{problem.name} is a function whose last layer is not known: put that layer's parameters alone in params, "
             "close over the others, and use kernel='trace'"
         )
-    net = load(copied(problem.network), {**problem.fixed_0, **problem.theta_0})
-    own = dict(net.named_parameters())
-    theta = {key: own[key] for key in problem.theta_0}
-    x = torch.from_numpy(problem.x if problem.samples_interact else problem.x[:PROBED])
-    x = x.to(next(iter(own.values())).device)
-    with _Uses(net, theta) as uses:
-        outputs = net(x)
+    dtype, where = next(iter(problem.theta_0.values())).dtype, next(problem.network.parameters()).device
     reached: dict[str, Tensor] = {}
-    plain = PlainNetwork(net, theta, owned=True)
-    for key, w in theta.items():  # not by the graph: reentrant checkpointing hides parameters from it
-        w.register_hook(functools.partial(reached.__setitem__, key))
-    plain.gradient(x, torch.ones_like(outputs))
-    if not (last := [key for key in uses.order if key in reached]):
+    with own_settings(str(dtype), str(where)):
+        net = load(copied(problem.network), {**problem.fixed_0, **problem.theta_0})
+        own = dict(net.named_parameters())
+        theta = {key: own[key] for key in problem.theta_0}
+        x = torch.from_numpy(problem.x if problem.samples_interact else problem.x[:PROBED]).to(where)
+        with _Uses(net, theta) as uses:
+            outputs = net(x)
+        plain = PlainNetwork(net, theta, owned=True)
+        for key, w in theta.items():  # not by the graph: reentrant checkpointing hides parameters from it
+            w.register_hook(functools.partial(reached.__setitem__, key))
+        plain.gradient(x, torch.ones_like(outputs))
+    if not (last := [key for key in uses.order(outputs) if key in reached]):
         raise BadInput(f"no output of {problem.name} depends on a parameter of theta, so none is in its last layer")
     of_last = of_last_module(net, {key: i for i, key in enumerate(last)})
     chosen = [key for key in problem.theta_0 if key in of_last]
@@ -339,14 +340,15 @@ def last_layer(problem: Problem) -> Problem:
 
 
 class _Uses(TorchFunctionMode):
-    """Puts parameters in the order of their last uses by operations, after those without one, as in compiled code.
+    """The order in which operations use parameters.
 
     A result of parameters and constants alone, such as a transposed weight, is used where its parameters are.
     """
 
     def __init__(self, net: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.order: dict[str, None] = dict.fromkeys(parameters)
+        self._parameters = tuple(parameters)
+        self._made: list[tuple[Iterable[str], list[Any]]] = []
         names = {id(w): (key,) for key, w in parameters.items()}
         fixed = (*net.parameters(), *net.buffers())
         # Tensors that do not depend on x, with the names of their parameters, by id; holding them keeps ids unique.
@@ -357,16 +359,35 @@ class _Uses(TorchFunctionMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         known = [self._fixed[id(t)] for t in given if id(t) in self._fixed]
         names = dict.fromkeys(name for _, each in known for name in each)
-        if results := [t for t in tree_leaves(made) if isinstance(t, Tensor)]:  # else an attribute is read
-            for name in names:
-                del self.order[name]
-                self.order[name] = None
+        results = [t for t in tree_leaves(made) if isinstance(t, Tensor)]  # none if an attribute is read
+        if results and names:
+            self._made.append((names, [t.grad_fn for t in results]))
         for t in results:
             if len(known) == len(given):
                 self._fixed[id(t)] = t, names
             else:
                 self._fixed.pop(id(t), None)
         return made
+
+    def order(self, outputs: Tensor) -> list[str]:
+        """The parameters by their last uses on which the outputs depend, after those without one, as in compiled code.
+
+        Uses without a gradient, of a detached value, or whose result is discarded do not count, unless a parameter has
+        no others: reentrant checkpointing hides its uses from the graph.
+        """
+        reached: set[Any] = set()
+        ahead = [outputs.grad_fn]
+        while ahead:
+            node = ahead.pop()
+            if node is not None and node not in reached:
+                reached.add(node)
+                ahead += [before for before, _ in node.next_functions]
+        of_any, of_outputs = dict.fromkeys(self._parameters, -1), dict[str, int]()
+        for i, (names, made) in enumerate(self._made):
+            of_any |= dict.fromkeys(names, i)
+            if not reached.isdisjoint(made):
+                of_outputs |= dict.fromkeys(names, i)
+        return sorted(self._parameters, key=(of_any | of_outputs).__getitem__)
 
 
 def _check_inputs(x: Tensor, name: str = "x") -> None:
@@ -440,7 +461,7 @@ def _snapshot(model: nn.Module, role: str) -> nn.Module:
         raise BadInput(f"{role} is spread over {', '.join(sorted(devices))}; it must be on one device")
     for key, w in own.named_parameters():
         if w.requires_grad and not w.detach().isfinite().all():
-            raise BadInput(f"{role} has nan or infinite weights: {key!r}")
+            raise NotFinite(f"{role} has nan or infinite weights: {key!r}")
     for where, layer in own.named_modules():
         if isinstance(layer, _DropoutNd) and layer.training and layer.p > 0:
             raise BadInput(f"{role} has Dropout in train mode ({where or 'the model itself'}): call model.eval() first")
@@ -686,7 +707,7 @@ def _outputs(net: nn.Module, x: Tensor, role: str, original: nn.Module) -> Tenso
     if not outputs.is_floating_point():
         raise BadInput(f"{role} must return real numbers, got {outputs.dtype}")
     if not outputs.isfinite().all():
-        raise BadInput(f"{role} returns nan or infinite outputs for these inputs")
+        raise NotFinite(f"{role} returns nan or infinite outputs for these inputs")
     if not first.differentiable:
         raise BadInput(
             f"no output of {role} depends on a trainable parameter: are they detached, or computed without gradients?"
@@ -788,7 +809,7 @@ def _check_finite(net: nn.Module, x: Tensor, some: Tensor, outputs: Tensor, role
             _outputs(net, x, role, original)
             return
         if not found.isfinite().all():
-            raise BadInput(f"{role} returns nan or infinite outputs for these inputs")
+            raise NotFinite(f"{role} returns nan or infinite outputs for these inputs")
 
 
 def _computed(original: nn.Module, copy: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -78,6 +78,10 @@ class Source(ABC):
     def settings(self, target: Target, index: int | None) -> contextlib.AbstractContextManager[object]:
         """The settings of the backend under which kernels are computed, on one of several GPUs."""
 
+    def checks(self, target: Target, index: int | None) -> contextlib.AbstractContextManager[object]:
+        """The settings under which networks are checked, which may be on another device than their kernels."""
+        return self.settings(target, index)
+
 
 class TorchSource(Source):
     """A module and tensors."""
@@ -211,6 +215,9 @@ class TorchSource(Source):
             return None
         self._check_layout(model)
         return wrapped(self.alike(model), self._x, dtype=self._dtype)
+
+    def checks(self, target: Target, index: int | None) -> contextlib.AbstractContextManager[object]:
+        return ambient.own_settings(target.dtype, str(next(self._module.parameters()).device))
 
     @contextlib.contextmanager
     def settings(self, target: Target, index: int | None) -> Iterator[None]:
