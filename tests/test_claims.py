@@ -145,6 +145,11 @@ def table(tmp_path):
     return pd.read_csv(tmp_path / "claims.csv")
 
 
+def test_the_best_exact_method_is_named_only_with_its_speed_up():
+    assert claim(best_title="an exact one").row()["best_exact"] == ""
+    assert claim(best_title="an exact one", best=(0.5, 0.4, 0.6)).row()["best_exact"] == "an exact one"
+
+
 def test_the_table_has_each_claim_and_its_provenance(table):
     assert list(table.columns) == list(claims.COLUMNS)
     assert list(table["verdict"]) == [REPRODUCED, REPRODUCED, NOT, UNADDRESSED, REPRODUCED]
@@ -243,9 +248,17 @@ def test_captions_are_short_and_have_a_line_for_each_claim(name):
     assert first == f"{labels.name_label(name)}. {drawing.caption}"
     assert len([line for line in lines if line.startswith("Claim (")]) == len(drawing.claims)
     assert not re.search(r"\bnan\b|\binf\b", "".join([first, *lines]))
-    for said in drawing.claims:
+    for said, row in zip(drawing.claims, claims.rows(name, drawing.claims, table), strict=True):
         assert said.sentence() in lines and not said.statement[0].isupper() and said.there and said.accuracy
         assert said.runs > 0 or said.verdict == UNADDRESSED
+        assert (row["best_exact"] == "") == math.isnan(row["best_ratio"])
+        if said.unit == "s" or said.name.startswith("seconds"):
+            assert said.same or said.verdict == UNADDRESSED, "seconds of two machines do not compare"
+
+
+def test_the_title_of_related_metrics_says_what_is_compared():
+    title = drawn("hazelden_metrics")[0].title
+    assert title.startswith("Hutch++ errors over published ones, at equal share of direct's runtime: squared norm ")
 
 
 def test_mnists_test_file_is_not_the_papers_setting():

@@ -111,6 +111,16 @@ def test_a_deterministic_method_has_one_error_and_its_seconds_vary():
     assert np.isnan(laws.fit(row).reached(0.003)).all()
 
 
+def test_the_error_of_a_method_without_passes_varies_over_its_seeds():
+    """A kernel of random vectors: no passes, and another error for each seed."""
+    row = measured(np.random.default_rng(0), 5, budgets=(1,)).assign(passes=np.nan)
+    row = row.assign(error=0.01, error_q25=0.005, error_q75=0.02)
+    errors = laws.fit(row).errors
+    assert errors[0, 0] == pytest.approx(0.01) and np.log(errors[1:, 0]).std() > 0.3
+    assert 0.3 < np.isnan(laws.fit(row).budgets(0.01)[1:]).mean() < 0.7
+    assert np.ptp(laws.fit(row.assign(seeds=1)).errors) == 0
+
+
 def test_a_budget_measured_twice_has_the_mean_of_both():
     table = measured(np.random.default_rng(0), 5, budgets=(100, 100)).assign(error=[0.02, 0.005])
     assert laws.fit(table).error(100)[0] == pytest.approx(0.01)

@@ -162,6 +162,9 @@ def test_calls_on_networks_of_real_size_state_their_cost(tmp_path):
     )
     assert lines[3] == r"| `gpt2` | effective rank, 5 % | a \| b |  |  |  |  |  |  |  |"
     assert lines[4].endswith("2.5 GiB |  |") and lines[5].endswith("| 10 min, 8 GiB: missed |")
+    unknown = dict.fromkeys(("passes_spent", "low", "high", "memory_bytes"))
+    lines = block_of(tmp_path / "unknown", "real size", readme.REAL_SIZE, [asked | sizes | found | goal | unknown])
+    assert "| 124,439,808 |  | 1.235e+10 | 1.5 min | not measured, of 2.5 GiB |" in lines[2]
 
 
 def test_goals_of_ratios_name_the_cases_that_reach_and_miss_them(tmp_path):
@@ -243,13 +246,59 @@ def test_predicted_costs_are_beside_measured_ones(tmp_path):
         )
     ]
     rows += [{"kind": "exact", "status": "skipped", "reason": "is predicted to take 12 s, over 2 times patience_s (5)"}]
-    lines = block_of(tmp_path, "predictions", readme.COST_MODEL, rows)
+    lines = block_of(tmp_path / "all", "predictions", readme.COST_MODEL, rows)
     assert lines[2:5] == [
         "| exact | 2 | 100 % | 25 % | 50 % | 58 % |",
         "| stochastic | 1 | 0 % | 300 % |  |  |",
         "| all | 3 | 67 % | 25 % | 50 % | 58 % |",
     ]
     assert lines[6] == "Rows left out: 1 predicted by running on all samples, and 1 predicted to take too long."
+    late = {"kind": "approximate", "predicted_seconds": 0.1, "N": 64, "status": "timeout", "reason": "took 60 s"}
+    lines = block_of(tmp_path / "late", "predictions", readme.COST_MODEL, [*rows, late])
+    assert lines[2] == "| approximate | 1 | 0 % |  |  |  |" and lines[5].startswith("| all | 4 | 50 % | 25 % |")
+    assert lines[7].endswith("predicted to take too long. Rows that ended without seconds count as missed: 1.")
+
+
+REASON = {"status": "skipped", "reason": "too | large"}
+
+
+def test_the_cost_of_certificates_has_its_range_and_rows_without_it_their_reason(tmp_path):
+    case = {"problem": "p", "method": "hutchpp", "metric": "trace"}
+    found = {"passes_spent": 64, "seconds": 0.1, "pass_seconds": 0.01, "share": 0.135, "share_q25": -0.15, "calls": 9}
+    found |= {"share_q75": 0.4, "cost_in_passes": 2.0, "cost_in_passes_q25": -1.0, "cost_in_passes_q75": 3.0}
+    lines = block_of(tmp_path, "certificates", readme.HEAD_TO_HEAD["certificate_cost"], [case | found, case | REASON])
+    cells = "64 | 100 ms | 10 ms | 14 % (-15 to 40) | 2 (-1 to 3) | 9 |"
+    assert lines[2] == f"| `p` | `hutchpp`, trace | {cells}"
+    assert lines[3] == r"| `p` | `hutchpp`, trace | too \| large |  |  |  |  |  |"
+
+
+def test_a_prepared_case_that_was_not_measured_has_its_reason(tmp_path):
+    ways = ("engine", "prepared", "later", "first", "textbook", "hooks")
+    found = {f"{way}_seconds": 0.1 for way in ways} | {"calls": 3, "problem": "p"}
+    found |= dict.fromkeys(("prepared_over_engine", "first_over_textbook", "later_over_textbook"), 2.0)
+    lines = block_of(tmp_path, "prepared", readme.HEAD_TO_HEAD["prepared_kernel"], [found, {"problem": "q"} | REASON])
+    assert lines[2].startswith("| `p` | 100 ms |") and lines[3].startswith(r"| `q` | too \| large |  |")
+    assert lines[2].count("|") == lines[3].count("|") - 1 == lines[0].count("|"), "one is in the reason"
+
+
+def test_effective_ranks_that_were_not_measured_have_their_reason(tmp_path):
+    case = {"problem": "p", "weights": "initial", "statistics": "stored"}
+    found = {"effective_rank": 3.0, "effective_rank_low": 2.0, "effective_rank_high": 4.0, "kernels": 2}
+    rows = [case | found | {"kernel": "theta", "kernels": 1}, case | found | {"kernel": "single_logit"}]
+    rows += [case | {"weights": "trained", "kernel": kernel} | REASON for kernel in ("theta", "trace")]
+    lines = block_of(tmp_path, "effective ranks", readme.EFFECTIVE_RANKS, rows)
+    assert lines[2:4] == [
+        "| `p` | initial | of training | 3 |  |  | 3 (2 to 4) |",
+        r"| `p` | trained | of training | too \| large |  |  |  |",
+    ]
+
+
+def test_a_goal_that_nothing_reaches_has_the_most_frequent_reason(tmp_path):
+    goal = {"problem": "p", "metric": "trace", "goal": 0.01, "kind": "stochastic", "published": False, "seconds": None}
+    lost = [goal | REASON | {"method": name, "reference_error": None, "calls": None} for name in ("a", "b")]
+    lost += [lost[0] | {"method": "c", "reason": "other"}]
+    lines = block_of(tmp_path, "fastest estimators", readme.HEAD_TO_HEAD["time_to_error"], lost)
+    assert lines[2] == r"| `p` | trace, 1 % | none reaches it: too \| large |  |  |  |  |"
 
 
 def test_the_time_of_auto_is_beside_that_of_the_fastest_method(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from ntkbench import figures, paths
 from ntkbench.estimators.spectrum import Spectrum
 from ntkbench.figures.plotting import base, quality, report, tasks
+from ntkbench.metrics import OF_KERNEL
 
 SETTINGS = {"device": "cpu", "dtype": "float32", "threads": 2, "machine": "here", "git_sha": "a" * 40}
 SETTINGS |= {"git_dirty": "False", "versions": "torch 2", "python": "3.11"}
@@ -109,6 +110,29 @@ def test_every_backend_has_its_answer_and_that_of_torch_comes_first(table):
     assert found["title"].endswith(" in JAX") and rows["only"]["hole"] == "PyTorch: not reached"
 
 
+@pytest.mark.parametrize(
+    ("errors", "spans"),
+    [
+        ({64: 1e-6}, [3, 0, 0, 1]),  # the exact method has its own cell
+        ({16: 5e-2, 64: 5e-3, 256: 5e-4}, [1, 1, 1, 1]),  # each tolerance has its own budget
+    ],
+)
+def test_neighbours_share_a_cell_only_with_the_same_method_and_budget(errors, spans):
+    """The call of this metric names neither a method nor a budget."""
+    metric = {"metric": "largest_eigenvalue"}
+    rows = [cell(**metric, **dict.fromkeys(("seconds", "seconds_q25", "seconds_q75"), 99.0))]
+    rows += [
+        stochastic(passes, **metric, method="block_lanczos", error=error, error_q25=error / 2, error_q75=2 * error)
+        for passes, error in errors.items()
+    ]
+    (found,) = report.answer(base.checked(pd.DataFrame(rows)))
+    (row,) = found["rows"]
+    assert [shown["span"] for shown in row["cells"]] == spans
+    best = [shown["best"][0] for shown in row["cells"]]
+    assert [choice["method"] for choice in best] == [*["block_lanczos"] * 3, "naive_jacobian"]
+    assert {choice["call"] for choice in best} == {"ntkbench.spectrum(model, x).largest  # ntkbench chooses the method"}
+
+
 def test_methods_without_a_stated_error_are_not_in_the_answer(table):
     biased = table[table["method"] == "naive_jacobian"].assign(method="sum_of_logits", kind="approximate", seconds=1e-3)
     (trace,) = report.answer(pd.concat([table, biased], ignore_index=True))
@@ -119,8 +143,13 @@ def test_calls_are_valid_python():
     spectrum = report._call(
         pd.Series({"method": "m", "kind": "exact", "metric": "condition_number", "backend": "torch", "passes": np.nan})
     )
-    assert spectrum == "ntkbench.spectrum(model, x).condition_number"
-    for metric in report.OF_SPECTRUM.values():
+    assert spectrum == "ntkbench.spectrum(model, x).condition_number  # ntkbench chooses the method"
+    for metric in OF_KERNEL:
+        for backend in tasks.CALLS:
+            line = tasks.call(metric, backend, 'method="m"')
+            compile(line, "call", "eval")
+            assert line.endswith("  # ntkbench chooses the method") and "method=" not in line
+    for metric in tasks.OF_SPECTRUM.values():
         assert metric in dir(Spectrum) or metric in Spectrum.__dataclass_fields__
     for metric, backend in (("norm", "torch"), ("alignment", "torch"), ("trace", "jax"), ("alignment", "jax")):
         winner = pd.Series({"method": "m", "kind": "exact", "passes": np.nan, "metric": metric, "backend": backend})
@@ -169,6 +198,8 @@ def test_the_control_tells_a_shuffled_kernel_from_an_exact_one(table, monkeypatc
     )
     alone = found(table.assign(metric="norm"), title)
     assert alone.severity == "note" and alone.cases == ("other", "small"), "shuffled samples would not be noticed"
+    of_kernel = found(table.assign(metric="largest_eigenvalue"), title)
+    assert of_kernel.severity == "note" and "none of the metrics trace" in of_kernel.text
     monkeypatch.setattr(quality, "OFF", dict.fromkeys(quality.OFF, 10.0))
     assert found(table, title).severity == "error", "a check that finds nothing off"
 

@@ -434,6 +434,7 @@ def test_a_good_figure_passes():
     [
         (lambda table, n: table.insert(0, f"c{n}", 1), "changes the table that it is given"),
         (lambda table, n: str(n), "gives another .png for the same table"),
+        (lambda table, n: "Mine. " + "word " * 61, "has a caption of more than 60 words: word"),
     ],
 )
 def test_a_figure_that_breaks_its_contract_gets_the_reason(monkeypatch, draw, says):

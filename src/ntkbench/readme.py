@@ -139,6 +139,10 @@ def fastest_estimators(tables: Tables, name: str = "head_to_head/studies/time_to
         faster = (
             "" if biased is None or (ours is not None and biased["seconds"] >= ours["seconds"]) else _entrant(biased)
         )
+        if not len(timed):
+            why = ": ".join(filter(None, ["none reaches it", _mostly(methods)]))
+            rows.append([f"`{problem}`", wanted, why, *[""] * 4])
+            continue
         said = [
             "none reaches it" if row is None else _entrant(row) + (" (or tied)" if times.is_tied(rivals) else "")
             for row, rivals in ((ours, own), (theirs, timed[published]))
@@ -280,23 +284,24 @@ def _timed_share(row: pd.Series) -> str:
 def certificates(tables: Tables) -> str:
     """The cost of certificates, as a share of an estimate and in plain passes."""
     table = tables.read(HEAD_TO_HEAD["certificate_cost"])
-    rows = [
-        [
-            f"`{row.problem}`",
-            f"`{row.method}`, {row.metric}",
-            f"{row.passes_spent:g}",
-            _seconds(row.seconds),
-            _seconds(row.pass_seconds),
-            f"{100 * row.share:.2g} % ({100 * row.share_q25:.2g} to {100 * row.share_q75:.2g})"
-            if row.share_q25 > 0
-            else "none seen",
-            f"{row.cost_in_passes:.2g} ({row.cost_in_passes_q25:.2g} to {row.cost_in_passes_q75:.2g})"
-            if row.share_q25 > 0
-            else "",
-            f"{row.calls:g}",
-        ]
-        for row in table[table["status"] == "ok"].itertuples()
-    ]
+    rows = []
+    for _, row in table.iterrows():
+        asked = [f"`{row['problem']}`", f"`{row['method']}`, {row['metric']}"]
+        if row["status"] != "ok":
+            rows.append([*asked, _cell(str(row["reason"])), *[""] * 5])
+            continue
+        share, *ends = (100 * row[f"share{end}"] for end in ("", "_q25", "_q75"))
+        rows.append(
+            [
+                *asked,
+                f"{row['passes_spent']:g}",
+                _seconds(row["seconds"]),
+                _seconds(row["pass_seconds"]),
+                f"{share:.2g} % ({ends[0]:.2g} to {ends[1]:.2g})",
+                _ratio(row, "cost_in_passes"),
+                f"{row['calls']:g}",
+            ]
+        )
     columns = ["problem", "estimate", "its passes", "its time", "a plain pass", "certificate", "in plain passes"]
     columns.append("calls")
     return _markdown(columns, rows) + _provenance(table)
@@ -410,15 +415,19 @@ def prepared(tables: Tables) -> str:
     table = tables.read(HEAD_TO_HEAD["prepared_kernel"])
     ways = ("engine", "prepared", "later", "first", "textbook", "hooks")
     ratios = ("prepared_over_engine", "first_over_textbook", "later_over_textbook")
-    rows = [
-        [
-            f"`{row['problem']}`",
-            *("" if pd.isna(row[f"{way}_seconds"]) else _seconds(row[f"{way}_seconds"]) for way in ways),
-            *(_ratio(row, ratio, bold=True) for ratio in ratios),
-            f"{row['calls']:g}",
-        ]
-        for _, row in table[table["status"] == "ok"].iterrows()
-    ]
+    rows = []
+    for _, row in table.iterrows():
+        if row["status"] != "ok":
+            rows.append([f"`{row['problem']}`", _cell(str(row["reason"])), *[""] * (len(ways) + len(ratios))])
+            continue
+        rows.append(
+            [
+                f"`{row['problem']}`",
+                *("" if pd.isna(row[f"{way}_seconds"]) else _seconds(row[f"{way}_seconds"]) for way in ways),
+                *(_ratio(row, ratio, bold=True) for ratio in ratios),
+                f"{row['calls']:g}",
+            ]
+        )
     named = ["prepared / engine", "first / textbook", "later / textbook", "calls"]
     return _markdown(["problem", *ways, *named], rows) + _provenance(table)
 
@@ -479,24 +488,30 @@ def predictions(tables: Tables) -> str:
     """
     table = tables.read(COST_MODEL)
     points, (in_full, slow) = predicted.ratios(table), predicted.left_out(table)
+    lost = int(points["seconds"].isna().sum())
     rows = [
         [
             kind,
             f"{len(here)}",
-            percent_label(predicted.within(here["seconds_ratio"])),
-            percent_label(predicted.median_factor(here["seconds_ratio"]) - 1),
-            *(
-                (percent_label(predicted.within(known)), percent_label(predicted.median_factor(known) - 1))
-                if len(known := here["memory_ratio"].dropna())
-                else ("", "")
-            ),
+            *_accuracy(here["seconds_ratio"]),
+            *_accuracy(here["memory_ratio"].dropna()),
         ]
         for kind, here in [*points.groupby("kind", sort=True), ("all", points)]
     ]
     near = f"within a factor of {predicted.FACTOR:g}"
     columns = ["kind", "rows", f"seconds: {near}", "median error", f"memory: {near}", "median error"]
     said = f"\n\nRows left out: {in_full} predicted by running on all samples, and {slow} predicted to take too long."
+    if lost:
+        said += f" Rows that ended without seconds count as missed: {lost}."
     return _markdown(columns, rows) + said + _provenance(table)
+
+
+def _accuracy(ratios: pd.Series) -> tuple[str, str]:
+    """The share of ratios within the factor, and their median error; missing ones count as missed."""
+    if not len(ratios):
+        return "", ""
+    off = predicted.median_factor(ratios) - 1
+    return percent_label(predicted.within(ratios)), "" if math.isnan(off) else percent_label(off)
 
 
 def real_size(tables: Tables) -> str:
@@ -512,15 +527,27 @@ def real_size(tables: Tables) -> str:
             [
                 *asked,
                 f"`{row['by']}`",
-                *(f"{row[size]:,.0f}" for size in ("n", "P", "passes_spent")),
-                f"{row['value']:.4g} ({row['low']:.4g} to {row['high']:.4g})",
+                *("" if pd.isna(row[size]) else f"{row[size]:,.0f}" for size in ("n", "P", "passes_spent")),
+                _with_interval(row),
                 seconds_label(row["seconds"]),
-                f"{bytes_label(row['memory_bytes'])} of {bytes_label(row['allowed_bytes'] + row['weights_bytes'])}",
+                _memory_of(row),
                 _goal_of(row),
             ]
         )
     columns = ["problem", "metric, tolerance", "method", "n", "P", "passes", "value (95 % interval)", "time"]
     return _markdown([*columns, "memory, of `memory=` and weights", "goal"], rows) + _provenance(table)
+
+
+def _with_interval(row: pd.Series) -> str:
+    """A value with its 95 % interval, if that is known."""
+    ends = "" if pd.isna(row["low"]) or pd.isna(row["high"]) else f" ({row['low']:.4g} to {row['high']:.4g})"
+    return f"{row['value']:.4g}{ends}"
+
+
+def _memory_of(row: pd.Series) -> str:
+    """The peak memory, if it was measured, of the bytes that are allowed and those of the weights."""
+    peak = "not measured," if pd.isna(row["memory_bytes"]) else bytes_label(row["memory_bytes"])
+    return f"{peak} of {bytes_label(row['allowed_bytes'] + row['weights_bytes'])}"
 
 
 def _goal_of(row: pd.Series) -> str:
@@ -546,7 +573,7 @@ def kernels_in_files(tables: Tables) -> str:
                 bytes_label(row["file_bytes"]),
                 f"{row['kept']:g} of {row['parts']:g}",
                 seconds_label(row["seconds"]),
-                f"{bytes_label(row['memory_bytes'])} of {bytes_label(row['allowed_bytes'] + row['weights_bytes'])}",
+                _memory_of(row),
                 f"{row['difference']:.1g}",
             ]
         )
@@ -628,6 +655,12 @@ def _ratio(row: pd.Series, name: str = "ratio", *, bold: bool = False, ends: Seq
     if (pd.isna(low) and pd.isna(high)) or row["calls"] < 2:
         return value
     return f"{value} ({' to '.join('?' if pd.isna(end) else f'{end:.2g}' for end in (low, high))})"
+
+
+def _mostly(rows: pd.DataFrame) -> str:
+    """The most frequent reason of rows, escaped for a cell; empty if they have none."""
+    reasons = rows["reason"].dropna()
+    return _cell(str(reasons.mode().iloc[0])) if len(reasons) else ""
 
 
 def _cell(text: str) -> str:
@@ -735,45 +768,53 @@ def spectra(tables: Tables) -> str:
 def solves(tables: Tables) -> str:
     """Seconds of solutions to the smallest residual, and which of factor and products is faster with 95 % certainty."""
     table = tables.read(SOLVES)
-    good = table[(table["status"] == "ok") & (table["residual"] <= of_solves.SLACK * table["rtol"])]
-    cases = ["problem", "share", "rtol"]
-    faster = of_solves.fastest(good).set_index(cases)["winner"]
+    ok = table[table["status"] == "ok"]
+    faster = of_solves.fastest(ok).set_index(["problem", "share", "rtol"])["winner"].to_dict()
     titles = table.drop_duplicates("method").set_index("method")["title"]
     last, rows = table["rtol"].min(), []
-    for (problem, share, rtol), here in good.groupby(cases, sort=False):
-        if rtol != last:
+    for (problem, share), here in table[table["rtol"] == last].groupby(["problem", "share"], sort=False):
+        known = ok[(ok["problem"] == problem) & (ok["share"] == share)].head(1)
+        if not len(known):
+            rows.append([f"`{problem}`", "", f"at most {1 + 1 / share:.2g}", _mostly(here), *[""] * len(titles)])
             continue
-        by = here.set_index("method")
-        cells = [
-            f"{_seconds(by['seconds'][method])}, {by['passes_spent'][method]:g} passes"
-            if method in by.index
-            else "not reached"
-            for method in titles.index
-        ]
-        condition = f"{here['condition'].iloc[0]:.2g}"
-        size = f"{here['n'].iloc[0]:g}"
-        rows.append([f"`{problem}`", size, condition, *cells, faster[problem, share, rtol] or "undecided"])
+        by = here.drop_duplicates("method").set_index("method")
+        cells = [_solution(by.loc[method]) if method in by.index else "" for method in titles.index]
+        winner = faster.get((problem, share, last))
+        condition, size = f"{known['condition'].iloc[0]:.2g}", f"{known['n'].iloc[0]:g}"
+        rows.append(
+            [f"`{problem}`", size, condition, *cells, "none reaches it" if winner is None else winner or "undecided"]
+        )
     columns = ["problem", "n", "condition number", *titles, "faster, with 95 % certainty"]
     said = f"Solutions to a relative residual of {last:g}.\n\n"
     return said + _markdown(columns, rows) + _provenance(table)
 
 
+def _solution(row: pd.Series) -> str:
+    """The cost of a solution, or why it was not reached."""
+    if row["status"] != "ok":
+        return _cell(str(row["reason"]))
+    if row["residual"] > of_solves.SLACK * row["rtol"]:
+        return "not reached"
+    return f"{_seconds(row['seconds'])}, {row['passes_spent']:g} passes"
+
+
 def effective_ranks(tables: Tables) -> str:
     """Effective ranks of each kernel by weights and statistics of BatchNorm."""
     table = tables.read(EFFECTIVE_RANKS)
-    good, rows = table[table["status"] == "ok"], []
-    for (problem, weights, statistics), here in good.groupby(["problem", "weights", "statistics"], sort=False):
-        by = here.set_index("kernel")
-        cells = []
-        for kernel in of_ranks.KERNELS:
-            row = by.loc[kernel]
-            ends = (
-                f" ({row['effective_rank_low']:.3g} to {row['effective_rank_high']:.3g})" if row["kernels"] > 1 else ""
-            )
-            cells.append(f"{row['effective_rank']:.3g}{ends}")
-        rows.append([f"`{problem}`", weights, of_ranks.STATISTICS[statistics][2], *cells])
+    rows = []
+    for (problem, weights, statistics), here in table.groupby(["problem", "weights", "statistics"], sort=False):
+        asked = [f"`{problem}`", weights, of_ranks.STATISTICS[statistics][2]]
+        good = here[here["status"] == "ok"].set_index("kernel")
+        cells = [_rank(good.loc[kernel]) if kernel in good.index else "" for kernel in of_ranks.KERNELS]
+        rows.append([*asked, *(cells if len(good) else [_mostly(here), *[""] * (len(cells) - 1)])])
     columns = ["problem", "weights", "statistics of BatchNorm", *of_ranks.KERNELS.values()]
     return _markdown(columns, rows) + _provenance(table)
+
+
+def _rank(row: pd.Series) -> str:
+    """An effective rank; of several kernels the median and the range."""
+    ends = f" ({row['effective_rank_low']:.3g} to {row['effective_rank_high']:.3g})" if row["kernels"] > 1 else ""
+    return f"{row['effective_rank']:.3g}{ends}"
 
 
 CALIBRATION = "calibration/studies/calibration"

@@ -274,7 +274,7 @@ def check_calibration(
     - The mean of squared standard errors equals the variance over seeds to within ``slack``.
     - As many 95 % intervals contain the exact value as if each did with a probability of :data:`COVERAGE`, up to chance
       (:data:`CHANCE`). Intervals are at most :data:`WIDEST` standard deviations wide to either side, in the median.
-    - The mean estimate is within half a standard deviation of the exact value. This holds for half of the seeds at a
+    - The mean estimate is within half a standard deviation of the exact value. This holds for a third of the seeds at a
       larger budget, too, where a bias shows more: 8 times the passes for a trace and 3 times for other metrics.
     - What :func:`check_method` requires of a single estimate.
 
@@ -321,7 +321,7 @@ def check_calibration(
         )
     larger = STEPS.get(metric, 3) * budget
     with _said(f"method {name!r}, {metric}, {larger} passes"):
-        drawn(larger, max(2, seeds // 2))
+        drawn(larger, max(2, seeds // 3))
 
 
 def _check_unsupported(method: Method, problem: Problem, metric: str, backend: str) -> None:
@@ -828,7 +828,7 @@ def check_figure(name: str, table: pd.DataFrame) -> None:
     - It draws a table, a table without rows, and one without measurements.
     - It leaves the table as it was.
     - The same table gives the same bytes.
-    - There is a caption, and the numbers that are plotted are written beside the picture.
+    - There is a caption of at most 60 words, and the numbers that are plotted are written beside the picture.
 
     Args:
         name: of the figure.
@@ -851,6 +851,8 @@ def check_figure(name: str, table: pd.DataFrame) -> None:
         for form in (".png", ".pdf", ".csv", ".txt"):
             _require(first.get(form), f"has no {form}")
             _require(first[form] == again[form], f"gives another {form} for the same table")
+        caption = first[".txt"].decode().partition("\n")[0].partition(". ")[2]
+        _require(len(caption.split()) <= 60, f"has a caption of more than 60 words: {caption}")
         failed = table.assign(status="failed", reason="for a test")
         for other in (table.iloc[:0], failed):
             _require(drawn(other)[".png"], "draws no picture of a table without measurements")

@@ -119,7 +119,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         [canvas.Row(0.22 * len(lines) + 0.2, above=0.35, below=0.3)],
         2,
         title=_finding(points),
-        subtitle=base.settings_line(table).replace("median over", "over"),
+        subtitle=base.settings_line(table),
         key=[("metric", _metrics(points)), ("requested", _ways(points)), ("how to read", _reading(points))],
         left=0.3 + canvas.text_width(titles, 9.5),
         gap=0.3,

@@ -22,6 +22,8 @@ PANELS = {
 """By heading: columns of the prediction and the measurement, the unit, and the label of both axes."""
 COLOURS = {"exact": styles.BLUE, "approximate": styles.GREEN, "stochastic": styles.VERMILION}
 FACTOR = 2.0
+LOST = ("timeout", "out_of_memory", "failed")
+"""Statuses of rows whose prediction was tried and missed."""
 FLOOR = 0.5
 """MiB; smaller peaks count as this, since they cannot be told from the process's other memory."""
 
@@ -29,7 +31,7 @@ FLOOR = 0.5
 def draw(table: pd.DataFrame) -> base.Drawing:
     """A point for each problem, metric and method; predictions on the diagonal are right."""
     points = ratios(table)
-    if not len(points):
+    if not points["seconds_ratio"].notna().any():
         return base.nothing(table, labels.why_not(table))
     kinds = [kind for kind in COLOURS if kind in set(points["kind"])]
     handles = [Line2D([], [], color=COLOURS[kind], marker="o", linestyle="", markersize=5) for kind in kinds]
@@ -52,12 +54,15 @@ def draw(table: pd.DataFrame) -> base.Drawing:
 
 
 def ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """All measured rows with a prediction, with ``seconds_ratio`` and ``memory_ratio``, predicted over measured.
+    """All rows with a prediction, with ``seconds_ratio`` and ``memory_ratio``, predicted over measured.
 
-    Rows whose method ran on all samples for its prediction are left out: both of their numbers are measured.
+    The ratios of rows that ended without seconds (:data:`LOST`) are missing. Rows whose method ran on all samples for
+    its prediction are left out: both of their numbers are measured.
     """
-    points = base.measured(table, "predicted_seconds", "seconds")
-    points = points[~_in_full(points)].copy()
+    lost = table["status"].isin(LOST)
+    tried = lost | ((table["status"] == "ok") & table["seconds"].notna())
+    points = table.assign(**{name: table[name].mask(lost) for name in ("seconds", "memory_bytes")})
+    points = points[tried & table["predicted_seconds"].notna() & ~_in_full(table)].copy()
     points["seconds_ratio"] = points["predicted_seconds"] / points["seconds"]
     floor = FLOOR * 2**20
     predicted = points["predicted_bytes"].fillna(0.0).clip(lower=floor)
@@ -98,7 +103,7 @@ def _reading(band: Patch) -> list[key.Entry]:
 
 
 def within(ratios: pd.Series) -> float:
-    """Share of ratios within the factor."""
+    """Share of ratios within the factor; a missing one is not."""
     return float(((ratios <= FACTOR) & (ratios >= 1 / FACTOR)).mean())
 
 
@@ -116,18 +121,16 @@ def _finding(points: pd.DataFrame) -> str:
 
 
 def _caption(points: pd.DataFrame, in_full: int, slow: int) -> str:
-    memory = points["memory_ratio"].dropna()
-    text = (
+    memory, lost = points["memory_ratio"].dropna(), int(points["seconds"].isna().sum())
+    return labels.fitted(
         f"Predicted against measured seconds of an estimate, for {len(points)} cases of "
-        f"{counted(points['problem'].nunique(), 'problem')}, metrics and methods."
+        f"{counted(points['problem'].nunique(), 'problem')}, metrics and methods.",
+        f"{lost} ended without seconds and count as missed." if lost else "",
+        f"Left out: {in_full} predicted by running on all samples." if in_full else "",
+        f"Not measured: {slow} predicted to take too long." if slow else "",
+        f"Memory peaks: {labels.share_label(within(memory))} of {len(memory)} within a factor of {FACTOR:g}; "
+        f"those below {FLOOR:g} MiB count as {FLOOR:g} MiB."
+        if len(memory)
+        else "",
+        "Budgets: those predicted to reach the tolerance.",
     )
-    if in_full:
-        text += f" Left out: {in_full} predicted by running on all samples."
-    if slow:
-        text += f" Not measured: {slow} predicted to take too long."
-    if len(memory):
-        text += (
-            f" Memory peaks: {labels.share_label(within(memory))} of {len(memory)} within a factor of {FACTOR:g}; "
-            f"those below {FLOOR:g} MiB count as {FLOOR:g} MiB."
-        )
-    return f"{text} Budgets: those predicted to reach the tolerance."

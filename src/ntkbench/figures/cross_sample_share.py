@@ -111,19 +111,17 @@ def _title(plotted: pd.DataFrame) -> str:
 
 def _caption(plotted: pd.DataFrame) -> str:
     first, last = _ends(plotted)
-    text = (
-        "Variance of a pooled trace over a per-sample one at equal passes, on held-out images: at least "
-        f"{labels.rounded(plotted['factor'].min())} in all {len(plotted)} cases."
-    )
     change = last.set_index(["network", "init"])["factor"] / first.set_index(["network", "init"])["factor"]
     means = {name: math.exp(part.map(math.log).mean()) for name, part in change.groupby("network", sort=False)}
     titles = plotted.drop_duplicates("network").set_index("network")["title"]
     turned = ", ".join(f"{titles[name]} {labels.rounded(value)}" for name, value in means.items())
     runs = _range(change.groupby("network").count())
-    text += f" Training multiplies it by (means of {runs} runs): {turned}."
     seen = plotted[plotted["measured"].notna()]
-    if len(seen):
-        inside = ((seen["measured_low"] <= seen["factor"]) & (seen["factor"] <= seen["measured_high"])).sum()
-        text += f" Measured 95 % intervals contain it in {inside} of {len(seen)}."
-    text += f" Dashed: {_range(first['norm_ratio'], 2)} before, {_range(last['norm_ratio'], 2)} after."
-    return text
+    inside = ((seen["measured_low"] <= seen["factor"]) & (seen["factor"] <= seen["measured_high"])).sum()
+    return labels.fitted(
+        "Variance of a pooled trace over a per-sample one at equal passes, on held-out images: at least "
+        f"{labels.rounded(plotted['factor'].min())} in all {len(plotted)} cases.",
+        f"Training multiplies it by (means of {runs} runs): {turned}.",
+        f"Measured 95 % intervals contain it in {inside} of {len(seen)}." if len(seen) else "",
+        f"Dashed: {_range(first['norm_ratio'], 2)} before, {_range(last['norm_ratio'], 2)} after.",
+    )

@@ -35,7 +35,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         [canvas.Row(2.3, above=0.45, below=0.35)],
         len(quantities),
         title=_title(compared),
-        subtitle=base.settings_line(table).replace("median over", "mean over"),
+        subtitle=base.settings_line(table),
         key=[("difference from no regulariser", marks)],
         gap=0.85,
         bottom=0.3,

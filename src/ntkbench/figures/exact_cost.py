@@ -242,16 +242,14 @@ def _caption(metric: str, plotted: pd.DataFrame, problems: int) -> str:
     won: dict[str, list[str]] = {}
     for (family, _), method in winners(plotted, "seconds").items():
         won.setdefault(titles[method] if method else "undecided", []).append(labels.name_label(family))
-    said = "; ".join(f"{title} on {' and '.join(names)}" for title, names in won.items())
-    text = f"Seconds (with quartiles) and peak memory of an exact {metric.replace('_', ' ')} against n."
-    text += f" Surely fastest at the largest n: {said}." if said else ""
-    for quantity, grows in (("seconds", "Seconds grow"), ("memory", "Memory grows")):
-        slopes = plotted[f"slope_{quantity}"].dropna()
-        if len(slopes):
-            text += f" {grows} as n^{slopes.min():.1f} to n^{slopes.max():.1f}."
+    said = "; ".join(f"{title} on {labels.listed(names, 2)}" for title, names in won.items())
     lost = plotted.loc[plotted["status"] != "ok", "status"].map(labels.status_label).value_counts()
-    if len(lost):
-        text += f" On the upper edge: {', '.join(f'{count} {status}' for status, count in lost.items())}."
-    if left := problems - plotted["problem"].nunique():
-        text += f" {left} problems of other networks, widths or depths are left out."
-    return text
+    left = problems - plotted["problem"].nunique()
+    slopes = {"Seconds grow": plotted["slope_seconds"].dropna(), "Memory grows": plotted["slope_memory"].dropna()}
+    return labels.fitted(
+        f"Seconds (with quartiles) and peak memory of an exact {metric.replace('_', ' ')} against n.",
+        f"Surely fastest at the largest n: {said}." if said else "",
+        f"On the upper edge: {', '.join(f'{count} {status}' for status, count in lost.items())}." if len(lost) else "",
+        *(f"{name} as n^{found.min():.1f} to n^{found.max():.1f}." for name, found in slopes.items() if len(found)),
+        f"{left} problems of other networks are left out." if left else "",
+    )

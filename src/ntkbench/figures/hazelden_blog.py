@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,8 @@ def _claims(points: pd.DataFrame) -> tuple[claims.Claim, ...]:
                 runs=claims.count(row.get("calls", row["seeds"])),
                 of="calls",
                 unit="s",
-                note="of another network and machine",
+                addressed=False,
+                note="seconds of another machine and network do not compare",
                 **common,
             ),
         ]
@@ -139,11 +141,18 @@ def _claims(points: pd.DataFrame) -> tuple[claims.Claim, ...]:
         runs=len(counted),
         of="ways",
         unit="samples",
-        note="errors of the alignment by shared probes and by three Hutch++ traces; "
-        + ("it is not kept what the post counts" if len(counted) > 1 else "the budgets leave the crossing open"),
+        note="errors of the alignment by shared probes and by three Hutch++ traces; " + _open(counted),
         **common,
     )
     return (*made, *claims.shared_probes(points, HUTCHPP), crossed)
+
+
+def _open(counted: Mapping[str, float]) -> str:
+    """What the crossings leave open."""
+    if len(counted) > 1:
+        return "it is not kept what the post counts"
+    left = f", except at equal {next(iter(counted))}" if counted else ""
+    return f"the budgets leave the crossing open{left}"
 
 
 def crossings(alignment: pd.DataFrame) -> dict[str, float]:

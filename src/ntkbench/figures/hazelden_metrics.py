@@ -76,13 +76,13 @@ def _title(plotted: pd.DataFrame) -> str:
     """How the errors compare with those published."""
     found = {metric: _at_equal_share(plotted, metric) for metric in METRICS}
     said = [
-        f"{metric.replace('_', ' ')} {labels.rounded(claim.measured[0])}"
+        f"{METRICS[metric].replace('_', ' ')} {labels.rounded(claim.measured[0])}"
         for metric, claim in found.items()
         if claim is not None and np.isfinite(claim.measured[0])
     ]
     if not said:
         return f"Related metrics (Hazelden, figure 4): {labels.name_label(plotted['problem'].iloc[0])}"
-    return f"Hutch++ errors over published ones, equal runtime: {', '.join(said)}"
+    return f"Hutch++ errors over published ones, at equal share of direct's runtime: {', '.join(said)}"
 
 
 def shares(table: pd.DataFrame) -> pd.DataFrame:
@@ -100,11 +100,12 @@ def shares(table: pd.DataFrame) -> pd.DataFrame:
 def _caption(plotted: pd.DataFrame) -> str:
     share = plotted["baseline_share"].min()
     timed = f"timed on at least {labels.share_label(share)} of its columns" if share < 1 else "timed in full"
-    return (
+    return labels.fitted(
         f"Relative errors for a trained network ({labels.name_label(plotted['problem'].iloc[0])}) against runtime in "
-        f"percent of direct, {timed}; medians over reruns with quartiles. Hutch++ takes a separate trace for each of "
-        "Theta^2, Theta_f^2 and Theta Theta_f; shared probes serve all three. Panels state the factor to direct in "
-        "blocks. Crosses: published."
+        f"percent of direct, {timed}; medians over reruns with quartiles.",
+        "Hutch++ takes a separate trace for each of Theta^2, Theta_f^2 and Theta Theta_f; shared probes serve all.",
+        "Panels state the factor to direct in blocks.",
+        "Crosses: published.",
     )
 
 

@@ -95,8 +95,9 @@ def speedups(table: pd.DataFrame) -> pd.DataFrame:
     """A row for each network, method, baseline and accuracy: times of the baseline over those of the method.
 
     The method's time is where the law of its errors, fitted to all numbers of samples and ``seeds`` estimates, crosses
-    the accuracy; nothing is extrapolated. The 95 % band includes the spread of both times. ``theory`` is the speed-up
-    of a one-sided estimate at the passes that its variance requires, with the measured seconds of that many passes.
+    the accuracy; nothing is extrapolated. The 95 % band includes the spread of both times; its low end is ``nan`` if
+    the budgets may not reach the accuracy. ``theory`` is the speed-up of a one-sided estimate at the passes that its
+    variance requires, with the measured seconds of that many passes.
     """
     rows = []
     points = base.measured(table, "seconds")
@@ -119,9 +120,10 @@ def speedups(table: pd.DataFrame) -> pd.DataFrame:
                 row |= {"baseline_seconds": seconds, "baseline_share": share, "baseline_calls": calls}
                 for inaccuracy in ACCURACIES:
                     budgets = law.budgets(inaccuracy)
-                    faster = laws.banded(times / law.seconds(budgets))
-                    row |= {"inaccuracy": inaccuracy, "passes": budgets[0], "seconds": law.seconds(budgets)[0]}
-                    row |= {"speedup": faster[0], "speedup_low": faster[1], "speedup_high": faster[2]}
+                    own_times = law.seconds(budgets)
+                    slower = laws.banded(own_times / times)  # infinite where a rerun does not reach the accuracy
+                    row |= {"inaccuracy": inaccuracy, "passes": budgets[0], "seconds": own_times[0]}
+                    row |= {"speedup": 1 / slower[0], "speedup_low": 1 / slower[2], "speedup_high": 1 / slower[1]}
                     rows.append(row | {"theory": _by_theory(law, own, inaccuracy, seconds)})
     columns = ["network", "problem", "method", "title", "baseline", "baseline_seconds", "baseline_share"]
     columns += ["baseline_calls", "inaccuracy", "passes", "seeds", "seconds", "speedup", "speedup_low", "speedup_high"]

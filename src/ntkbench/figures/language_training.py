@@ -114,6 +114,6 @@ def _caption(shown: pd.DataFrame) -> str:
     first, last = (labels.rounded(losses.iloc[i], 3) for i in (0, -1))
     return (
         "NTK of a transformer's logits along its training, whole and by parts, which add up to it. "
-        "Factors of Theta = P K P*: K is exact, P P* estimated. The loss falls from "
+        "Factors of Theta = P K P*: K is exact, P P* estimated. The loss goes from "
         f"{first} to {last} nats per token. Bars: 95 % intervals from {shown['probes'].max():g} probes."
     )

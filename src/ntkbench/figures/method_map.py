@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from ntkbench.figures.plotting import base, canvas, key, labels, styles, tasks
+from ntkbench.metrics import METRICS
 
 TOLERANCES = {"10 %": "to 10 %", "1 %": "to 1 %", "exact": "exact"}
 QUESTIONS = {"exact": "Do you need it exact?", "1 %": "Is 1 % enough?", "10 %": "Is 10 % enough?"}
@@ -29,6 +30,8 @@ PIXELS = 200
 """Width and height of the picture of the regions."""
 UNMEASURED: dict[str, Any] = {"facecolor": "none", "edgecolor": canvas.PALE, "hatch": "//////", "linewidth": 0}
 CODE: dict[str, Any] = {"family": "monospace", "fontsize": 8.5}
+LONGEST = 38
+"""Characters of a line of code beside the panels."""
 
 Line = tuple[str, dict[str, Any], float]
 """Text, its style, and the inches down to the next line."""
@@ -207,20 +210,37 @@ def _advice(chosen: pd.DataFrame) -> list[Line]:
         if made[-1][0] == question:
             made.append(("no comparison", {"color": styles.GREY}, 0.17))
         made[-1] = (*made[-1][:2], 0.22)
-        code = _code(tried, name)
-        made.append((code, CODE, 0.3 + 0.15 * code.count("\n")))
+        if code := _code(chosen[chosen["tolerance"] == name], tried, name):
+            made.append((code, CODE, 0.3 + 0.15 * code.count("\n")))
     return made
 
 
-def _code(tried: pd.DataFrame, tolerance: str) -> str:
-    """The call for a tolerance: ``auto``, or the exact method in PyTorch that is surely fastest on the most tasks."""
-    metric = next((m for m in base.metrics_in(tried) if m in ("norm", "trace", "effective_rank")), "trace")
+def _code(own: pd.DataFrame, tried: pd.DataFrame, tolerance: str) -> str:
+    """The call for a tolerance: ``auto``, or the exact method in PyTorch that is surely fastest on the most tasks.
+
+    It is empty without a metric whose call takes a method.
+
+    Args:
+        own: all tasks of the tolerance.
+        tried: those with a comparison.
+        tolerance: a key of :data:`TOLERANCES`.
+    """
+    metrics = [metric for metric in base.metrics_in(own) if metric in METRICS]
+    if not metrics:
+        return ""
     if tolerance in ERRORS:
-        return f"ntkbench.{metric}(model, x, rtol={ERRORS[tolerance]:g})"
-    first = tried.loc[(tried["backend"] == "torch") & (tried["fastest"] >= tasks.SURE), "method"].value_counts()
-    if not len(first):
-        return "# no method in PyTorch is surely fastest"
-    return f'ntkbench.{metric}(model, x,\n  method="{labels.short(first.index[0], 30)}")'
+        return _call(metrics[0], f"rtol={ERRORS[tolerance]:g}")
+    sure = tried[(tried["backend"] == "torch") & (tried["fastest"] >= tasks.SURE) & tried["metric"].isin(metrics)]
+    if not len(sure):
+        return "# none in PyTorch is surely fastest"
+    metric, method = sure.groupby(["metric", "method"], sort=False).size().idxmax()
+    return _call(metric, f'method="{labels.short(method, 30)}"')
+
+
+def _call(metric: str, option: str) -> str:
+    """The call of a metric, in two lines if it does not fit into one."""
+    line = tasks.call(metric, "torch", option)
+    return line if len(line) <= LONGEST else line.replace(f", {option}", f",\n  {option}")
 
 
 def _write(figure: Figure, panel: Axes, lines: list[Line]) -> None:

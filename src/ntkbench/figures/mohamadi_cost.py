@@ -95,10 +95,12 @@ def _claims(table: pd.DataFrame, points: pd.DataFrame, there: pd.DataFrame) -> t
     found = found[found["N"] == found["N"].max()]
     if not len(found):
         return ()
-    same = quotient[quotient.index.isin(found["depth"])]
-    known = float((same if len(same) else quotient).median())
-    by = {method: claims.ranged(rows["ratio"]) for method, rows in found.groupby("method")}
     alike = PUBLISHED["eNTK"]
+    common = quotient.index.intersection(found.loc[found["method"] == alike, "depth"])
+    if len(common):  # depths that were published and measured alike
+        found = found[found["depth"].isin(common)]
+    known = float(quotient[common if len(common) else quotient.index].median())
+    by = {method: claims.ranged(rows["ratio"]) for method, rows in found.groupby("method")}
     output, samples = found["O"].iloc[0], found["N"].iloc[0]
     return (
         claims.Claim(

@@ -11,6 +11,10 @@ from ntkbench.figures.plotting.pntk import looks_of
 TABLE = "mohamadi_drift"
 COLUMNS = ("loss", "loss_title", "init", "step", "kernel", "title", "difference", "sum_direction", "pntk_to_last_layer")
 TO_LAST = "pntk_to_last_layer"
+DECAY = "cross_entropy_decay"
+"""The loss that the explanation in the caption is about."""
+FEWEST = 3
+"""Minimum number of initialisations whose quartiles are compared."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -86,20 +90,18 @@ def _title(plotted: pd.DataFrame, titles: pd.Series) -> str:
 
 def _caption(plotted: pd.DataFrame, titles: pd.Series) -> str:
     """What is drawn, and which loss brings the pNTK closest to the last layer's kernel."""
-    text = (
-        "Kernels between samples against Theta (above) and the last layer's kernel (below). Cross-entropy's gradients "
-        "sum to zero over logits, so weight decay shrinks the readout along their sum, and the pNTK keeps the last "
-        "layer alone."
-    )
+    said = "Kernels between samples against Theta (above) and the last layer's kernel (below), medians with quartiles."
     ends = _ends(plotted, titles)
     if not ends:
-        return text
-    nearest = next(iter(ends))
-    others = [last[f"{TO_LAST}_q25"] for title, last in ends.items() if title != nearest]
-    apart = (
-        "quartiles apart from all others"
-        if ends[nearest][f"{TO_LAST}_q75"] < min(others, default=0)
-        else "quartiles overlap with others"
-    )
+        return said
+    nearest, *others = ends
     near = labels.interval_label(*(ends[nearest][f"{TO_LAST}{end}"] for end in ("", "_q25", "_q75")))
-    return f"{text} It ends closest with {nearest}: {near}, {apart}."
+    found = f"With {nearest}, the pNTK ends {f'closest to it: {near}' if others else f'at {near} from it'}"
+    if others and min(end["inits"] for end in ends.values()) >= FEWEST:
+        apart = ends[nearest][f"{TO_LAST}_q75"] < min(ends[other][f"{TO_LAST}_q25"] for other in others)
+        found += ", quartiles apart from all others" if apart else ", quartiles overlap with others"
+    why = (
+        "Cross-entropy's gradients sum to zero over logits, so weight decay shrinks the readout along their sum, and "
+        "the pNTK keeps the last layer alone."
+    )
+    return labels.fitted(said, f"{found}.", why if ends[nearest]["loss"] == DECAY else "")

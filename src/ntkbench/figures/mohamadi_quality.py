@@ -18,9 +18,11 @@ RATE = -0.5
 """Power of the width that the theorem gives."""
 CAPTION = (
     "Kernels A between samples that stand for Theta as A ⊗ I, at He initialisation, on {data}, against "
-    "width (channels, or WideResNet's factor); medians over initialisations with quartiles. The trace kernel is the "
-    "best in the Frobenius norm. Regression is on held-out images; condition numbers may be at float64's limit."
+    "width (channels, or WideResNet's factor); medians over initialisations with quartiles.",
+    "The trace kernel is the best in the Frobenius norm.",
+    "Regression is on held-out images; condition numbers may be at float64's limit.",
 )
+"""Sentences of the caption."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -47,7 +49,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         _panel(panel, rows, quantity, looks)
         if quantity == "difference":
             canvas.title(panel, family_label(family), _sloped(points[points["family"] == family]))
-    return base.Drawing(figure, plotted, CAPTION.format(data=pntk.data(points)), _claims(points))
+    return base.Drawing(figure, plotted, _caption(points), _claims(points))
 
 
 def _title(points: pd.DataFrame) -> str:
@@ -59,6 +61,10 @@ def _title(points: pd.DataFrame) -> str:
         f"The pNTK's difference from the NTK changes as width to the power {min(found):.2f} to {max(found):.2f} "
         f"(theorem: \N{MINUS SIGN}0.5), at initialisation"
     )
+
+
+def _caption(points: pd.DataFrame) -> str:
+    return labels.fitted(*(sentence.format(data=pntk.data(points)) for sentence in CAPTION))
 
 
 def _sloped(points: pd.DataFrame) -> str:

@@ -123,20 +123,19 @@ def _along(panel: Axes, steps: Sequence[float]) -> None:
 
 
 def _caption(points: pd.DataFrame) -> str:
-    one = points.iloc[0]
-    text = (
-        f"Relative Frobenius error of the pNTK along training on {pntk.data(points)} ({one['batch']:g} images per "
-        f"step, momentum {one['momentum']:g}, rate {one['rate']:g} N / lambda_max); medians over initialisations."
-    )
+    one, gained = points.iloc[0], claims.UNKNOWN
     ends = _ends(points[points["kernel"] == PNTK])
     grown = int((ends["last"] > ends["first"]).sum())
-    text += f" The error grows for {grown} of {len(ends)} families and widths."
     accuracy = _last(points).pivot_table(index=["family", "width", "init"], columns="kernel", values="accuracy")
     if {"full", PNTK} <= set(accuracy):
         gained = claims.median(list((accuracy[PNTK] - accuracy["full"]).dropna()))
-        if np.isfinite(gained[0]):
-            text += f" Its accuracy in kernel regression minus that of Theta: {labels.interval_label(*gained)}."
-    return text
+    known = np.isfinite(gained[0])
+    return labels.fitted(
+        f"Relative Frobenius error of the pNTK along training on {pntk.data(points)} ({one['batch']:g} images per "
+        f"step, momentum {one['momentum']:g}, rate {one['rate']:g} N / lambda_max); medians over initialisations.",
+        f"The error grows for {grown} of {len(ends)} families and widths.",
+        f"Its accuracy in kernel regression minus that of Theta: {labels.interval_label(*gained)}." if known else "",
+    )
 
 
 def _last(points: pd.DataFrame) -> pd.DataFrame:

@@ -185,11 +185,14 @@ def published(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _caption(table: pd.DataFrame, plotted: pd.DataFrame) -> str:
-    text = "Operations and seconds of each program for the whole NTK over those of structured derivatives here."
     middle = plotted[plotted["method"].isin(set(NAMES) - {OURS})].groupby("quantity")["ratio"].median()
     said = [f"{labels.rounded(ratio)} in {'operations' if q == 'flops' else q}" for q, ratio in middle.items()]
-    text += f" Medians of neural-tangents: {', '.join(said)}." if said else ""
-    return text + _fewest(_wide(base.measured(table, "flops_per_entry"), "flops")) + _left_out(table)
+    return labels.fitted(
+        "Operations and seconds of each program for the whole NTK over those of structured derivatives here.",
+        f"Medians of neural-tangents: {', '.join(said)}." if said else "",
+        _fewest(_wide(base.measured(table, "flops_per_entry"), "flops")),
+        *_left_out(table),
+    )
 
 
 def _wide(points: pd.DataFrame, quantity: str) -> pd.DataFrame:
@@ -205,17 +208,17 @@ def _fewest(operations: pd.DataFrame) -> str:
     last = theirs.xs(most, level="O")
     fewest = last.idxmin(axis=1).map(NAMES).value_counts()
     said = ", ".join(f"{name} for {count} of {len(last)} networks" for name, count in fewest.items())
-    return f" At O = {most:g}, neural-tangents' program with the fewest operations is {said}."
+    return f"At O = {most:g}, neural-tangents' program with the fewest operations is {said}."
 
 
-def _left_out(table: pd.DataFrame) -> str:
+def _left_out(table: pd.DataFrame) -> list[str]:
     """The number of cases not measured, and the most frequent reason; the study's table has all reasons."""
     lost = table[table["status"] != "ok"]
     if not len(lost):
-        return ""
+        return []
     reasons = lost["reason"].str.replace("about .*, over", "over", regex=True)  # each O has its own number
     most = labels.short(reasons.mode().iloc[0], 120)
-    return f" Not measured: {len(lost)} of {len(table)} cases, mostly: {most}."
+    return [f"Not measured: {len(lost)} of {len(table)} cases.", f"Mostly missing: {most}."]
 
 
 def _claims(table: pd.DataFrame) -> tuple[claims.Claim, ...]:

@@ -40,6 +40,8 @@ FLOOR = 1e-4
 """Smaller errors, those of exact kernels, are drawn at this value."""
 NORMAL = 1.96
 """Half of a 95 % interval in standard deviations."""
+UNCOMPARED, NONE, SEVERAL = "not compared", "none", "undecided"
+"""Findings of :func:`choice` that name no method."""
 
 
 def draw(table: pd.DataFrame) -> base.Drawing:
@@ -59,7 +61,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         rows,
         len(ERRORS),
         title=_title(points),
-        subtitle=base.settings_line(table).replace("median over", "root mean square over"),
+        subtitle=base.settings_line(table),
         key=[*_methods(points, style), ("how to read", _reading())],
         left=0.7,
         gap=0.2,
@@ -144,19 +146,6 @@ def _reading() -> list[tuple[Line2D, str]]:
 # --- findings, title and caption
 
 
-def slopes(points: pd.DataFrame) -> pd.Series:
-    """Power of the kept features that the error of the Gram matrix follows, by problem and method.
-
-    It is a fit in logarithms. Methods with fewer than three numbers of features are left out.
-    """
-    found = {}
-    for names, rows in points[points["kind"] == "projection"].groupby(["problem", "method"], sort=False):
-        rows = rows[rows["gram_error"] > 0].drop_duplicates("kept")
-        if len(rows) >= 3:
-            found[names] = float(np.polyfit(np.log(rows["kept"]), np.log(rows["gram_error"]), 1)[0])
-    return pd.Series(found, dtype=float)
-
-
 def _faster(here: pd.DataFrame) -> pd.DataFrame:
     """The rows that certainly take less time than every exact kernel, on one problem; none without an exact kernel."""
     middle, deviations = laws.median_seconds(here)
@@ -178,46 +167,52 @@ def choice(here: pd.DataFrame, error: str) -> str:
         error: a key of :data:`ERRORS`.
 
     Returns:
-        The title of the method, ``the exact kernel`` if none is faster, or ``several methods`` if errors do not decide.
+        The title of the method; :data:`NONE` if none is faster, :data:`SEVERAL` if errors do not decide, or
+        :data:`UNCOMPARED` without an exact kernel.
     """
+    if not (here["kind"] == "exact").any():
+        return UNCOMPARED
     rows = _faster(here)
     found = pd.concat([rows.assign(error=rows[column], low=rows.get(f"{column}_low"), high=rows.get(f"{column}_high"))
                        for column, _ in _columns(error)])  # fmt: skip
     found = found[found["error"] > 0]
     if not len(found):
-        return "the exact kernel"
+        return NONE
     middle = np.log(found["error"].to_numpy(float))
     spread = np.log(found["high"].astype(float)).sub(middle).fillna(0).to_numpy() / NORMAL
     shares = pd.Series(laws.smallest(middle, spread), index=found["title"]).groupby(level=0).sum()
-    return str(shares.idxmax()) if shares.max() >= tasks.SURE else "several methods"
+    return str(shares.idxmax()) if shares.max() >= tasks.SURE else SEVERAL
 
 
 def _title(points: pd.DataFrame) -> str:
-    if not (points["kind"] == "exact").groupby(points["problem"]).any().all():
+    compared = points[(points["kind"] == "exact").groupby(points["problem"]).transform("any")]
+    if not len(compared):
         return "Projected gradients: errors against features, seconds and bytes"
-    faster = pd.concat([_faster(here) for _, here in points.groupby("problem", sort=False)])
+    faster = pd.concat([_faster(here) for _, here in compared.groupby("problem", sort=False)])
     faster = faster[(faster["kind"] == "projection") & faster["gram_error_high"].notna()]
+    of = f"of {compared['problem'].nunique()} problems"
     if not len(faster):
-        return "No projection is certainly faster than the exact kernel on these problems"
+        return f"No projection is surely faster than the exact kernel on any {of}"
     least = labels.share_label(float(faster["gram_error_high"].min()))
-    return f"Projections that are faster than the exact kernel give the Gram matrix to {least} at best"
-
-
-def _caption(points: pd.DataFrame) -> str:
     return (
-        "Root-mean-square errors of random features of the rows of J, beside estimators and kernels; dashed: from the "
-        f"Gram matrix, as published. {_advice(points)}"
+        f"Projections are surely faster than the exact kernel on {faster['problem'].nunique()} {of}, and give the Gram "
+        f"matrix to {least} at best"
     )
 
 
-def _advice(points: pd.DataFrame) -> str:
-    """Which to use when, over all problems."""
+def _caption(points: pd.DataFrame) -> str:
+    """What is drawn, and which method to use when, over all problems."""
     names = labels.families(points["problem"])
     said = []
     for error in ("gram_error", "norm"):
         chosen: dict[str, list[str]] = {}
         for problem, here in points.groupby("problem", sort=False):
             chosen.setdefault(choice(here, error), []).append(names[problem])
-        parts = [title if len(chosen) == 1 else f"{title} on {' and '.join(found)}" for title, found in chosen.items()]
-        said.append(f"for the {ERRORS[error]}: {', '.join(parts)}")
-    return f"To save time with 95 % certainty use, {'; '.join(said)}."
+        parts = [
+            title if len(chosen) == 1 else f"{title} on {labels.listed(found, 2)}" for title, found in chosen.items()
+        ]
+        said.append(f"For the {ERRORS[error]}: {', '.join(parts)}.")
+    return labels.fitted(
+        "Root-mean-square errors of projected gradients. Surely faster than the exact kernel, and most accurate:",
+        *said,
+    )

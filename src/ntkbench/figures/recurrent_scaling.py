@@ -104,16 +104,19 @@ def _title(slopes: dict[tuple[str, str, str], tuple[float, float]]) -> str:
 
 
 def _caption(table: pd.DataFrame, slopes: dict[tuple[str, str, str], tuple[float, float]]) -> str:
-    text = "Seconds of one estimate against one size, medians with quartiles; slopes of logarithms."
-    if linear := [slope for slope, _ in _slopes(slopes)]:
-        middle, ends = np.median(linear), f"{min(linear):.2f} to {max(linear):.2f}"
-        text += f" Expected 1, or less where the overhead of a call shows; median {middle:.2f} ({ends})."
+    linear = [slope for slope, _ in _slopes(slopes)]
     exact = [
         f"{slope:.2f} ± {half:.2f} ({kind.upper()})"
         for (kind, size, method), (slope, half) in slopes.items()
         if (method, size) == ("recurrent_exact_trace", "T") and math.isfinite(half)
     ]
-    if exact:
-        text += f" Exact trace against steps, expected 2 to 3: {', '.join(exact)}."
     left = int((table["status"] != "ok").sum())
-    return text + (f" Not measured: {left} points." if left else "")
+    return labels.fitted(
+        "Seconds of one estimate against one size, medians with quartiles; slopes of logarithms.",
+        "Expected 1, or less where the overhead of a call shows; median "
+        f"{np.median(linear):.2f} ({min(linear):.2f} to {max(linear):.2f})."
+        if linear
+        else "",
+        f"Exact trace against steps, expected 2 to 3: {', '.join(exact)}." if exact else "",
+        f"Not measured: {left} points." if left else "",
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pandas as pd
@@ -96,6 +95,7 @@ def _reading() -> list[tuple[Line2D, str]]:
     return [
         (Line2D([], [], **sample), "residual by products within the tolerance"),
         (Line2D([], [], **sample, markerfacecolor="white"), "above the tolerance"),
+        (Line2D([], [], linestyle=""), "the factor's time includes that of Θ"),
     ]
 
 
@@ -107,10 +107,12 @@ FACTOR, PRODUCTS = "factor", "products"
 def fastest(points: pd.DataFrame) -> pd.DataFrame:
     """Products against the factor, for each problem, ridge and tolerance that one of them reached.
 
-    ``ratio`` is the seconds of the factor over those of the fastest method by products; above 1, products are faster.
-    It is 0 if no products reached the residual, and infinite if the factor did not. ``winner`` is :data:`FACTOR` or
-    :data:`PRODUCTS` if that has a probability of at least 95 %, and empty otherwise, or if only one of the two was
-    measured. ``title`` names the fastest method by products if that is as certain, and another method was measured.
+    ``winner`` is :data:`FACTOR` or :data:`PRODUCTS` if that is the faster one with a probability of at least 95 %. It
+    is empty otherwise, or if only one of the two was measured. ``title`` names the fastest method by products if that
+    is as certain, and another method was measured.
+
+    Args:
+        points: all measured rows, also those that did not reach their tolerance.
     """
     cases = ["problem", "n", "share", "rtol"]
     good = points[points["residual"] <= SLACK * points["rtol"]]
@@ -121,16 +123,12 @@ def fastest(points: pd.DataFrame) -> pd.DataFrame:
         shares = pd.Series(laws.smallest(*laws.median_seconds(rows, typical=typical)), index=rows.index)
         exact = rows["method"] == EXACT
         won = float(shares[~exact].sum())
-        seconds = rows.loc[exact, "seconds"].min(), rows.loc[~exact, "seconds"].min()
-        row = dict(zip(cases, case, strict=True))
-        row |= {"condition": rows["condition"].iloc[0], "ratio": math.inf if math.isnan(seconds[0]) else 0.0}
-        if not any(map(math.isnan, seconds)):
-            row["ratio"] = seconds[0] / seconds[1]
+        row = dict(zip(cases, case, strict=True)) | {"condition": rows["condition"].iloc[0]}
         both, several = rivals.loc[case] > 1
         row["winner"] = "" if not both else PRODUCTS if won >= tasks.SURE else FACTOR if won <= 1 - tasks.SURE else ""
         row["title"] = rows["title"][shares.idxmax()] if several and shares[~exact].max() >= tasks.SURE else ""
         made.append(row)
-    return pd.DataFrame(made, columns=[*cases, "condition", "ratio", "winner", "title"])
+    return pd.DataFrame(made, columns=[*cases, "condition", "winner", "title"])
 
 
 def _title(points: pd.DataFrame) -> str:
@@ -146,21 +144,27 @@ def _title(points: pd.DataFrame) -> str:
 
 
 def _caption(points: pd.DataFrame) -> str:
-    return (
-        "Median seconds from weights to a solution with a relative residual, against the condition number of Θ + "
-        f"ridge. The factor's time includes that of Θ. {_advice(fastest(points))}"
+    return labels.fitted(
+        "Median seconds to a relative residual, against the condition number of Θ + ridge.", *_advice(fastest(points))
     )
 
 
-def _advice(found: pd.DataFrame) -> str:
+def _advice(found: pd.DataFrame) -> list[str]:
     """Which to use when, over all cases."""
+    if not len(found):
+        return []
     won, lost = (found[found["winner"] == side] for side in (PRODUCTS, FACTOR))
+    sure, cases = "faster with 95 % certainty", f"{len(found)} cases"
+    if not len(won) and not len(lost):
+        return [f"Undecided in all {cases}: neither the factor nor products are {sure}."]
     if not len(won):
-        return f"Use the factor wherever Θ fits: it is faster with 95 % certainty in {len(lost)} of {len(found)} cases."
+        return [f"Use the factor wherever Θ fits: it is {sure} in {len(lost)} of {cases}, and products in none."]
+    said = f"Products are {sure} in {len(won)} of {cases}, and the factor in {len(lost)}."
+    box = ["n", "condition", "rtol"]
+    inside = (lost[box] >= won[box].min()) & (lost[box] <= won[box].max())
+    if inside.all(axis=1).any():
+        return [said]
     titles = set(won["title"])
     named = f" ({titles.pop()})" if len(titles) == 1 and "" not in titles else ""
-    return (
-        f"Use products{named} for n of {labels.range_label(won['n'])} and condition numbers of "
-        f"{labels.span(won['condition'])}, where they are faster with 95 % certainty in {len(won)} of {len(found)} "
-        f"cases; use the factor elsewhere, where it is in {len(lost)}."
-    )
+    ends = f"condition numbers of {labels.span(won['condition'])} and residuals of {labels.span(won['rtol'])}"
+    return [said, f"Use products{named} for n of {labels.range_label(won['n'])}, {ends}."]

@@ -130,6 +130,8 @@ def _reading() -> list[tuple[Line2D, str]]:
     return [
         (Line2D([], [], **sample), "stated bounds hold, or none are stated"),
         (Line2D([], [], **sample, markerfacecolor="white"), f"they hold for less than {100 * RIGHT:g} % of the seeds"),
+        (Line2D([], [], linestyle=""), "small errors are drawn at a floor"),
+        (Line2D([], [], linestyle=""), "density: Wasserstein-1 distance of log10(λ + ridge)"),
     ]
 
 
@@ -180,32 +182,34 @@ def _title(points: pd.DataFrame) -> str:
         return "Spectral quantities by products: errors against passes"
     top, volume = (_error(quantity, float(worst[quantity])) for quantity in ("top", "log_determinant"))
     said = f"Products give the top eigenvalues to {top}, log det to {volume}"
-    faster = exact_is_faster(points)
-    return f"{said}; all of Θ takes less time" if faster and all(faster.values()) else said
+    everywhere = list(exact_is_faster(points).values()) == [True] * points["problem"].nunique()
+    return f"{said}; all of Θ takes less time" if everywhere else said
 
 
 def _caption(points: pd.DataFrame, shown: list[str]) -> str:
-    return (
-        "Median errors relative to float64 values; of the density, the Wasserstein-1 distance of log10(eigenvalue + "
-        f"ridge); small ones are drawn at a floor. {_advice(points, shown)}"
-    )
+    said = "Median errors relative to float64 values."
+    return labels.fitted(said, _of_exact(points), _of_products(points, shown))
 
 
-def _advice(points: pd.DataFrame, shown: list[str]) -> str:
-    """Which to use when, over all problems."""
-    faster, names = exact_is_faster(points), labels.families(points["problem"])
-    where = [names[problem] for problem, is_faster in faster.items() if is_faster]
-    said = "Where Θ fits, decompose it if exact values are needed"
-    if where:
-        most = at_most(points, WHOLE)["passes_spent"].max()
-        places = "" if len(where) == len(names) else f" on {' and '.join(where)}"
-        said = f"Where Θ fits, decompose it: with 95 % certainty it is faster than {most:g} passes{places}"
+def _of_exact(points: pd.DataFrame) -> str:
+    """Where to decompose all of Theta."""
+    names = labels.families(points["problem"])
+    faster = [problem for problem, is_faster in exact_is_faster(points).items() if is_faster]
+    if not faster:
+        return "Where Θ fits, decompose it if exact values are needed."
+    most = at_most(points[points["problem"].isin(faster)], WHOLE)["passes_spent"].max()
+    where = "" if len(faster) == len(names) else f" on {labels.listed(names[problem] for problem in faster)}"
+    return f"Where Θ fits, decompose it: it is surely faster than {most:g} passes{where}."
+
+
+def _of_products(points: pd.DataFrame, shown: list[str]) -> str:
+    """Which method by products to use for which quantity."""
     leads: dict[str, list[str]] = {}
     for quantity, title in most_accurate(points).items():
         if quantity in shown:
             leads.setdefault(title, []).append(SHORT[quantity])
-    best = [f"{title} for {' and '.join(quantities)}" for title, quantities in leads.items()]
-    return f"{said}. By products, use {', '.join(best) or 'any method: none is certainly the most accurate'}."
+    best = [f"{title} for {labels.listed(quantities)}" for title, quantities in leads.items()]
+    return f"By products, use {', '.join(best) or 'any method: none is certainly the most accurate'}."
 
 
 def _error(quantity: str, error: float) -> str:

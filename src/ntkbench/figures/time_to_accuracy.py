@@ -194,5 +194,5 @@ def _caption(best: pd.DataFrame, known: pd.DataFrame) -> str:
     )
     if bounds := best["at_most"].sum():
         text += f"Triangles ({bounds}): upper bounds. "
-    unsolved = len(tried) - len(best.drop_duplicates(tasks.TASK))
+    unsolved = len(tried) - len(best[best["kind"] != "approximate"].drop_duplicates(tasks.TASK))
     return text + f"{len(pairs)} of {len(tried)} tasks have both, {unsolved} neither."

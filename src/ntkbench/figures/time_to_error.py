@@ -96,7 +96,7 @@ def is_estimated(rows: pd.DataFrame) -> bool:
 def _frame(panel: Axes, seconds: pd.Series, names: list[str]) -> None:
     low, high = seconds.min(), seconds.max()
     span = math.log10(high / low) or 1.0
-    panel.set(xscale="log", xlim=(low / 10 ** (0.6 * span), high * 10 ** (0.5 * span)), ylim=(len(names) - 0.4, -0.7))
+    panel.set(xscale="log", xlim=(low / 10 ** (0.6 * span), high * 10 ** (0.75 * span)), ylim=(len(names) - 0.4, -0.7))
     canvas.decades(panel.xaxis, *panel.get_xlim())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds_label(value)))
     panel.set_yticks(range(len(names)), names)

@@ -65,8 +65,7 @@ def draw(table: pd.DataFrame) -> base.Drawing:
         [*(canvas.Row(2.5, above=0.55, below=0.4) for _ in metrics), canvas.Row(2.5, above=0.7, below=0.4)],
         len(TOLERANCES),
         title=_title(plotted),
-        subtitle=f"N = {labels.range_label(plotted['N'])} samples  ·  "
-        + base.settings_line(table).replace("median over", "root mean square over"),
+        subtitle=f"N = {labels.range_label(plotted['N'])} samples  ·  {base.settings_line(table)}",
         key=[
             ("fewest passes (left half), least seconds (right)", _families(points)),
             ("how to read", _reading(shares)),

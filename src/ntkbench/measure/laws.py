@@ -120,10 +120,10 @@ def fit(points: pd.DataFrame, seed: int = 0, *, typical: float | None = None, dr
     """The law of one method on one problem.
 
     The bootstrap is parametric: the median of k errors varies like that of k lognormal numbers with the same quartiles,
-    or with those of |x|, x normal, if these are further apart. A method without passes is deterministic: its error does
-    not vary. Seconds vary like medians of lognormal numbers with the same quartiles; with fewer than
-    :data:`FEWEST_CALLS` calls their spread is at least the typical one. Unless ``first_seed`` shows that budgets have
-    different seeds, all their errors may be low together, and the bootstrap varies them together.
+    or with those of |x|, x normal, if these are further apart. The error of a method with one seed and
+    without passes does not vary. Seconds vary like medians of lognormal numbers with the same quartiles; with fewer
+    than :data:`FEWEST_CALLS` calls their spread is at least the typical one. Unless ``first_seed`` shows that budgets
+    have different seeds, all their errors may be low together, and the bootstrap varies them together.
 
     Args:
         points: a row for each measured budget (a single one without passes), with :data:`COLUMNS`.
@@ -153,14 +153,17 @@ def fit(points: pd.DataFrame, seed: int = 0, *, typical: float | None = None, dr
 
 
 def median_errors(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Logarithms of median errors, and their standard deviations over seeds: 0 for methods without passes.
+    """Logarithms of median errors, and their standard deviations over seeds.
+
+    The deviation is 0 for deterministic methods, which have no passes and at most one seed.
 
     Args:
         points: as for :func:`fit`.
     """
     middle, spread = _logarithms(points, "error", FLOOR)
     seeds = points["seeds"].fillna(1).clip(lower=1).to_numpy(float)
-    return middle, np.where(points["passes"].isna(), 0.0, _of_median(np.maximum(spread, HALF_NORMAL), seeds))
+    deterministic = points["passes"].isna() & (seeds <= 1)
+    return middle, np.where(deterministic, 0.0, _of_median(np.maximum(spread, HALF_NORMAL), seeds))
 
 
 def median_seconds(

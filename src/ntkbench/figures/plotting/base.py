@@ -141,12 +141,11 @@ def settings_line(table: pd.DataFrame) -> str:
     The line warns of rows from several kinds of machines.
     """
     threads = " / ".join(f"{t:g}" for t in sorted(table["threads"].dropna().unique()))
-    stochastic = table[table["kind"] == "stochastic"] if "kind" in table else table
-    seeds = stochastic.loc[stochastic["seeds"] > 1, "seeds"] if "seeds" in table else stochastic["threads"].iloc[:0]
+    seeds = table.loc[table["seeds"] > 1, "seeds"] if "seeds" in table else table["threads"].iloc[:0]
     parts = [
         *(" / ".join(sorted(set(table[column]) - {""})) for column in ("device", "dtype")),
         threads and f"{threads} thread" + "s" * (threads != "1"),
-        f"median over {labels.range_label(seeds)} seeds" if len(seeds) else "",
+        f"{labels.range_label(seeds)} seeds" if len(seeds) else "",
         "several kinds of machines: seconds do not compare" if several_machines(table) else "",
         _code(table),
     ]

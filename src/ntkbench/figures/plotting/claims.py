@@ -69,7 +69,7 @@ class Claim:
         of: the kind of runs: estimates, networks, cases.
         unit: unit of the value in a sentence: seconds, times.
         best: for a speed-up, the same with the best exact method in place of the published baseline.
-        best_title: title of that method.
+        best_title: title of that method; not in the table if nothing was measured with it.
         addressed: whether the measurement tests the claim; if not, ``note`` says why.
         note: what a reader must know in addition to the numbers.
     """
@@ -191,7 +191,8 @@ class Claim:
         }
         row |= dict(zip(("ratio", "ratio_low", "ratio_high"), self.ratio, strict=True))
         row |= dict(zip(("best_ratio", "best_ratio_low", "best_ratio_high"), self.best_ratio, strict=True))
-        return row | {"best_exact": self.best_title, "verdict": self.verdict, "reason": self.reason}
+        title = "" if math.isnan(self.best_ratio[0]) else self.best_title
+        return row | {"best_exact": title, "verdict": self.verdict, "reason": self.reason}
 
 
 COLUMNS = ("figure", *Claim(source="", name="", statement="").row(), "git_sha", "machine")

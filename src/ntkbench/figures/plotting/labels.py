@@ -12,6 +12,8 @@ import pandas as pd
 from ntkbench.measure.outcomes import one_line
 from ntkbench.metrics import SYMBOLS
 
+WORDS = 60
+"""Maximum number of words of a caption."""
 SIGNATURE = ("method_map", "time_to_accuracy", "calibration", "mohamadi_drift")
 """Figures that a report shows first, in this order, after that of all claims."""
 GROUPS = {
@@ -65,6 +67,24 @@ def case_label(name: str, *details: str, by: str = ", ") -> str:
     return by.join(part for part in (name_label(name), *map(plain, details)) if part)
 
 
+def fitted(*sentences: str) -> str:
+    """A caption of sentences, the most important ones first: those that do not fit into :data:`WORDS` are left out."""
+    kept = ""
+    for sentence in sentences:
+        longer = f"{kept} {sentence}".strip()
+        if len(longer.split()) <= WORDS:
+            kept = longer
+    return kept
+
+
+def listed(words: Iterable[str], most: int = 3) -> str:
+    """Words in a sentence: ``a and b``; if there are more than ``most``, the last ones are counted."""
+    words = list(words)
+    if len(words) > most:
+        words = [*words[: most - 1], f"{len(words) - most + 1} others"]
+    return " and ".join(words)
+
+
 def line(text: str) -> str:
     """Text from a table as one line of characters that can be printed and encoded."""
     return one_line(" ".join(text.split()))
@@ -97,11 +117,10 @@ def count_label(count: float) -> str:
     """A large number in a title: 640, 85 k, 1.2 M."""
     if not count >= 0:
         return "?"
-    for unit, word in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if count >= unit:
-            scale = 1e3 if word == " k" else unit
-            return f"{count / scale:.3g}{word}"
-    return f"{count:.0f}"
+    for unit, word in ((1e12, " T"), (1e9, " G"), (1e6, " M")):
+        if float(f"{count / unit:.3g}") >= 1:
+            return f"{count / unit:.3g}{word}"
+    return f"{count / 1e3:.3g} k" if count >= 1e4 else f"{count:.0f}"
 
 
 def rounded(value: float, digits: int = 2) -> str:

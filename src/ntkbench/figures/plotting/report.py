@@ -49,27 +49,6 @@ CELL_COLUMNS: dict[str, Callable[[Any], str]] = {
 BACKENDS = ("torch", "jax")
 """Backends in the order of the answers."""
 PROVENANCE = ("git_sha", "git_dirty", "machine", "device", "dtype", "threads", "versions", "python")
-CALLS = {
-    "torch": {
-        "alignment": "ntkbench.alignment(model, other, x, {})",
-        "spectrum": "ntkbench.spectrum(model, x)",
-        "regression_error": "ntkbench.Kernel(model, x).regress(held_out, y, ridge=ridge)",
-        "": "ntkbench.{}(model, x, {})",
-    },
-    "jax": {
-        "alignment": "ntkbench.alignment(f, other_params, x, params=params, {})",
-        "spectrum": "ntkbench.spectrum(f, x, params=params)",
-        "regression_error": "ntkbench.Kernel(f, x, params=params).regress(held_out, y, ridge=ridge)",
-        "": "ntkbench.{}(f, x, params=params, {})",
-    },
-}
-"""Calls of the API by backend, and by metric where it takes its own arguments."""
-OF_SPECTRUM = {
-    "largest_eigenvalue": "largest",
-    "condition_number": "condition_number",
-    "entropy_effective_rank": "entropy_effective_rank",
-}
-"""Attributes of a spectrum by metric."""
 
 
 def page(
@@ -208,11 +187,11 @@ def _cell(won: pd.DataFrame, cells_of: pd.DataFrame, tolerance: str) -> dict[str
 
 
 def _spanned(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cells of a row with their spans: neighbours with the same calls share the first, at the loosest tolerance."""
+    """The cells of a row with their spans: neighbours with equal choices share the first, at the loosest tolerance."""
     made: list[dict[str, Any]] = []
     first: dict[str, Any] = {}
     for cell in found:
-        if made and _calls(cell) == _calls(first):
+        if made and _choices(cell) == _choices(first):
             first["span"] += 1
             made.append(cell | {"span": 0})
         else:
@@ -221,8 +200,9 @@ def _spanned(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
-def _calls(cell: dict[str, Any]) -> tuple[object, ...]:
-    return cell["hole"], *((choice["call"], choice["sure"]) for choice in cell["best"])
+def _choices(cell: dict[str, Any]) -> tuple[object, ...]:
+    named = ("method", "backend", "passes", "sure")
+    return cell["hole"], *(tuple(choice[name] for name in named) for choice in cell["best"])
 
 
 def _hole(cells_of: pd.DataFrame, tolerance: str) -> str:
@@ -273,6 +253,7 @@ def _choice(winner: pd.Series, cells_of: pd.DataFrame) -> dict[str, Any]:
         "seconds": ("at most " if winner["at_most"] else "") + seconds_label(winner["seconds"]),
         "facts": ", ".join(filter(None, facts)),
         "sure": winner["fastest"] >= tasks.SURE,
+        "passes": None if passes != passes else round(passes),
         "call": _call(winner),
     }
 
@@ -288,14 +269,10 @@ def _memory(winner: pd.Series, cells_of: pd.DataFrame) -> float:
 
 def _call(winner: pd.Series) -> str:
     """The line of Python that uses a method."""
-    forms = CALLS["jax" if winner["backend"] == "jax" else "torch"]
     options = f'method="{winner["method"]}"'
     if winner["kind"] == "stochastic" and winner["passes"] == winner["passes"]:
         options += f", passes={winner['passes']:.0f}"
-    metric = winner["metric"]
-    if metric in OF_SPECTRUM:
-        return f"{forms['spectrum']}.{OF_SPECTRUM[metric]}"
-    return forms[metric].format(options) if metric in forms else forms[""].format(metric, options)
+    return tasks.call(winner["metric"], winner["backend"], options)
 
 
 def cells(table: pd.DataFrame) -> list[list[dict[str, str]]]:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 
 from ntkbench.figures.plotting import base, styles
 from ntkbench.measure import laws
+from ntkbench.metrics import OF_KERNEL
 
 TOLERANCES = {"10 %": 1e-1, "1 %": 1e-2, "0.1 %": 1e-3, "exact": 1e-4}
 """Largest median relative error; the last one is for exact methods only, and allows for float32's rounding."""
@@ -52,6 +53,27 @@ ESTIMATORS = {
     **dict.fromkeys(["block_lanczos"], _LANCZOS),
 }
 """The family of each estimator; those that are not listed form a family by kind."""
+CALLS = {
+    "torch": {
+        "alignment": "ntkbench.alignment(model, other, x, {})",
+        "spectrum": "ntkbench.spectrum(model, x)",
+        "regression_error": "ntkbench.Kernel(model, x).regress(held_out, y, ridge=ridge)",
+        "": "ntkbench.{}(model, x, {})",
+    },
+    "jax": {
+        "alignment": "ntkbench.alignment(f, other_params, x, params=params, {})",
+        "spectrum": "ntkbench.spectrum(f, x, params=params)",
+        "regression_error": "ntkbench.Kernel(f, x, params=params).regress(held_out, y, ridge=ridge)",
+        "": "ntkbench.{}(f, x, params=params, {})",
+    },
+}
+"""Calls of the API by backend, and by metric where it takes its own arguments."""
+OF_SPECTRUM = {
+    "largest_eigenvalue": "largest",
+    "condition_number": "condition_number",
+    "entropy_effective_rank": "entropy_effective_rank",
+}
+"""Attributes of a spectrum by metric."""
 TASK = ["problem", "setting", "metric", "tolerance"]
 LINE = [*TASK[:3], "method", "backend"]
 SIZES = ["family", "N", "O", "P", "n"]
@@ -67,7 +89,22 @@ COLUMNS = [
     "seeds",
     *laws.Reached._fields,
 ]
-COLUMNS += ["at_most", "fastest"]
+COLUMNS += ["at_most", "fastest", "fastest_of_kind"]
+
+
+def call(metric: str, backend: str, options: str) -> str:
+    """The line of Python that computes a metric.
+
+    Args:
+        metric: the metric.
+        backend: the backend.
+        options: arguments such as ``method="direct"``. Where the API takes none, the line says so in a comment.
+    """
+    forms = CALLS["jax" if backend == "jax" else "torch"]
+    if metric in OF_KERNEL:
+        form = f"{forms['spectrum']}.{OF_SPECTRUM[metric]}" if metric in OF_SPECTRUM else forms[metric]
+        return f"{form}  # ntkbench chooses the method"
+    return forms[metric].format(options) if metric in forms else forms[""].format(metric, options)
 
 
 def solutions(
@@ -77,8 +114,10 @@ def solutions(
 
     ``seeds`` is the number of estimates behind the law, and ``passes`` and ``seconds`` have 95 % bands. ``at_most``
     says whether the seconds are an upper bound, because even the smallest budget is far too large. ``fastest`` is the
-    share of bootstrap reruns in which nothing else solves the task faster. It is 0 if another method has an upper bound
-    and one of its passes takes less time, or if no other method was measured on the problem and metric.
+    share of bootstrap reruns in which the method solves the task and nothing else does so faster; a method that solves
+    it in some reruns only is a rival too. The share is 0 if another method has an upper bound and one of its passes
+    takes less time, or if no other method was measured on the problem and metric. ``fastest_of_kind`` is the sum over
+    all methods of this kind.
 
     Args:
         table: what :func:`ntkbench.figures.plotting.base.checked` gives.
@@ -95,24 +134,26 @@ def solutions(
         draws: dict[tuple[object, ...], dict[int, np.ndarray]] = {}
         for case, law in fitted.items():
             first = firsts.loc[case]
-            reached = law.reached(largest)
-            if np.isnan(reached.seconds) or (name == "exact" and first["kind"] != "exact"):
+            if name == "exact" and first["kind"] != "exact":
                 continue
+            reached = law.reached(largest)
             draws.setdefault(case[:3], {})[len(made)] = law.seconds(law.budgets(largest))[1:]
             budgeted = bool(np.isfinite(first["passes"]))
-            error = law.error(reached.passes)[0]
+            error = np.nan if np.isnan(reached.passes) else law.error(reached.passes)[0]
             row = first.to_dict() | reached._asdict() | {"tolerance": name, "error": error, "seeds": seeds[case]}
             row["at_most"] = budgeted and law.at_most(largest)
             made.append(row | ({} if budgeted else dict.fromkeys(laws.Reached._fields[:3], np.nan)))
         for case, rivals in draws.items():
             times = np.nan_to_num(np.stack(list(rivals.values())), nan=np.inf)
-            wins = (times <= times.min(0)).mean(1)
+            wins = ((times <= times.min(0)) & np.isfinite(times)).mean(1)
             # Seconds grow at most in proportion to passes, so no budget takes less than this.
             least = {i: made[i]["seconds"] / max(made[i]["passes"], 1.0) for i in rivals if made[i]["at_most"]}
             for i, share in zip(rivals, wins, strict=True):
-                may_be_faster = any(least[k] < made[i]["seconds"] for k in least.keys() - {i})
+                may_be_faster = any(not least[k] >= made[i]["seconds"] for k in least.keys() - {i})
                 made[i]["fastest"] = 0.0 if may_be_faster or methods[case] < 2 else float(share)
-    return pd.DataFrame(made, columns=COLUMNS).astype({"at_most": bool})
+    found = pd.DataFrame(made, columns=COLUMNS).astype({"at_most": bool})
+    found["fastest_of_kind"] = found.groupby([*TASK, "kind"])["fastest"].transform("sum")
+    return found[found["seconds"].notna()].reset_index(drop=True)
 
 
 def _points(table: pd.DataFrame) -> pd.DataFrame:
@@ -125,8 +166,8 @@ def winners(
 ) -> pd.DataFrame:
     """The fastest method of each task, and ``lead``, the factor by which the fastest other method is slower.
 
-    ``lead_of_kind`` is the same for methods of other kinds, and ``fastest_of_kind`` is the share of reruns in which a
-    method of this kind is the fastest; 0 if no other kind was measured on the problem and metric.
+    ``lead_of_kind`` is the same for methods of other kinds. ``fastest_of_kind`` is 0 if no other kind was measured on
+    the problem and metric.
 
     Args:
         table: as for :func:`solutions`.
@@ -135,7 +176,7 @@ def winners(
     """
     solved = solutions(table, tolerances, drift)
     if not len(solved):
-        return solved.assign(**dict.fromkeys(("lead", "lead_of_kind", "fastest_of_kind"), pd.Series(dtype=float)))
+        return solved.assign(**dict.fromkeys(("lead", "lead_of_kind"), pd.Series(dtype=float)))
     kinds = _points(table).groupby(TASK[:3])["kind"].nunique()
     found = []
     for task, rows in solved.groupby(TASK):
@@ -146,7 +187,7 @@ def winners(
             | {
                 "lead": rows.loc[others, "seconds"].min() / first["seconds"],
                 "lead_of_kind": rows.loc[~same, "seconds"].min() / first["seconds"],
-                "fastest_of_kind": rows.loc[same, "fastest"].sum() if kinds[task[:3]] > 1 else 0.0,
+                "fastest_of_kind": first["fastest_of_kind"] if kinds[task[:3]] > 1 else 0.0,
             }
         )
     order = {metric: i for i, metric in enumerate(base.metrics_in(solved))}
