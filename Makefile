@@ -9,16 +9,17 @@ CASES ?=
 COMMITS ?= 485f51b~120..HEAD
 STEPS ?= 12
 MACHINE ?=
-VENV := $(CURDIR)/.venv
+# Relative, since make cannot handle a target or a prerequisite whose path has a space.
+VENV := .venv
 READY := $(VENV)/ready
 # Recipes, and the programs that they start, use the tools of the environment.
-export PATH := $(VENV)/bin:$(PATH)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: results smoke gpu test test-quick coverage package floors mutants compare history docs lint format clean
 
 results: $(READY)
-	python -m ntkbench check $(CONFIG)
-	snakemake --cores all --configfile $(CONFIG)
+	python -m ntkbench check '$(CONFIG)'
+	snakemake --cores all --configfile '$(CONFIG)'
 
 smoke: CONFIG := config/smoke.yaml
 smoke: results

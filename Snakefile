@@ -16,12 +16,16 @@ import functools
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from snakemake.logging import logger
 from snakemake.settings.types import DeploymentMethod
 from snakemake.utils import min_version
+
+# The steps run this checkout; the installed package may be that of another one.
+sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
 from ntkbench import errors, paths, studies
 from ntkbench.figures.plotting import labels
@@ -45,7 +49,7 @@ ROOT = Path(workflow.basedir)
 OWN_PATH = f'PATH={shlex.quote(os.path.dirname(sys.executable))}:"$PATH" '
 if DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method:
     OWN_PATH = ""
-# NTKBENCH_RUN: steps end when this run ends. PYTHONPATH: the installed package may be that of another checkout.
+# NTKBENCH_RUN: steps end when this run ends. PYTHONPATH: they run this checkout, as above.
 # PATH: steps use the Python that runs Snakemake, even if its environment is not activated, unless rules have their own.
 # Backends share a GPU, and start only in measuring processes.
 shell.prefix(
@@ -109,14 +113,23 @@ def run_of(wildcards):
     return made
 
 
+def step_of(wildcards):
+    """A job in the words of :class:`ntkbench.run.Run`."""
+    return {name: value for name, value in wildcards.items() if name != "profile"}
+
+
 def needs(resource):
     """A resource of a job, from the limits of the configuration."""
+    return lambda wildcards: getattr(run_of(wildcards).needs(**step_of(wildcards)), resource)
 
-    def needed(wildcards):
-        step = {name: value for name, value in wildcards.items() if name != "profile"}
-        return getattr(run_of(wildcards).needs(**step), resource)
 
-    return needed
+NOW = f"{time.time()}"
+
+
+def retry(wildcards):
+    """A value that no earlier run had, if this one repeats a part of the job; another ``retry`` alone runs nothing."""
+    made = run_of(wildcards)
+    return NOW if made.config.retry == "failed" and made.may_change(**step_of(wildcards)) else ""
 
 
 LOCKS, LINES = [], []
@@ -173,7 +186,11 @@ wildcard_constraints:
     study=rf"(?!({TIMED})\.csv)\w+",
 
 
-# Timed steps have their machine to themselves: see `timer` in the profiles. On a cluster, each node is a machine.
+# A timed step has the machine to itself: it takes both timers, other steps take one. A profile cannot give them, since
+# --resources on the command line replaces its own. On a cluster, each node is a machine.
+workflow.register_resource("timer", 2)
+
+
 resource_scopes:
     timer="local",
 
@@ -220,7 +237,7 @@ rule problems:
         gpu=needs("gpu"),
     params:
         config="results/{profile}/config.yaml",
-        retry=lambda wildcards: run_of(wildcards).config.retry,
+        retry=retry,
         limits=lambda wildcards: [run_of(wildcards).config.limits.problem_s, run_of(wildcards).config.limits.memory_mb],
         fingerprint=lambda wildcards: fingerprints.combined(map(fingerprints.problem, run_of(wildcards).problems)),
     shell:
@@ -247,7 +264,7 @@ rule measure:
         gpu=needs("gpu"),
     params:
         config="results/{profile}/config.yaml",
-        retry=lambda wildcards: run_of(wildcards).config.retry,
+        retry=retry,
         fingerprint=lambda wildcards: run_of(wildcards).made_for.cells(
             cells.of_shard(run_of(wildcards).config, int(wildcards.number))
         ),
@@ -279,7 +296,6 @@ rule table:
     params:
         config="results/{profile}/config.yaml",
         cells=lambda wildcards: [cell.label for cell in run_of(wildcards).cells],
-        retry=lambda wildcards: run_of(wildcards).config.retry,
         fingerprint=lambda wildcards: run_of(wildcards).made_for.table("table"),
     shell:
         "python -m ntkbench table {input:q} --config {params.config:q} --output {output:q} > {log:q} 2>&1"
@@ -308,7 +324,7 @@ rule study:
         gpu=needs("gpu"),
     params:
         config="results/{profile}/config.yaml",
-        retry=lambda wildcards: run_of(wildcards).config.retry,
+        retry=retry,
         fingerprint=lambda wildcards: run_of(wildcards).made_for.table(wildcards.study),
     shell:
         "python -m ntkbench study {wildcards.study} --config {params.config:q} --output {output:q} > {log:q} 2>&1"

@@ -15,7 +15,6 @@ from typing import Any
 
 from history import cases
 
-os.environ |= cases.ALONE
 requests = os.fdopen(os.dup(0), "rb", buffering=0)  # unbuffered, since forked processes continue reading
 answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
 os.dup2(2, 1)  # other output goes to stderr

@@ -2,18 +2,19 @@
 
     python scripts/gpu.py                            all parts, in less than nine minutes on one H100
     python scripts/gpu.py --parts correctness        one part
-    python scripts/gpu.py --tiny                     from start to end on a CPU; the numbers mean nothing
+    python scripts/gpu.py --tiny                     from start to end on a CPU; the numbers mean nothing, and their
+                                                     folder is another one
 
 correctness   methods, the API and their limits against float64 on the CPU; one row per case in OUT/correctness.jsonl
 large         large networks as fractions of the device's limit, and rivals in turn; one row per case and rival, or
               the reason for each that was not measured, in OUT/large.csv, and the operations that take longest in
               OUT/profiles.txt
-study         the grid of config/gpu.yaml through Snakemake and asv, in results/gpu; its rows, including those of an
-              interrupted run, in OUT/study.csv
+study         the grid of config/gpu.yaml through Snakemake and asv, in results/gpu; one row per cell, or the reason
+              why an interrupted run has none, in OUT/study.csv
 
-Each part runs in its own processes and is terminated at its time limit; the other parts run regardless. Rows are
-written as soon as they are known. The device and the versions are in OUT/machine.json. The exit status is 0 if all
-parts finished without a wrong result. Skipped cases are counted, but do not affect it.
+Each part runs in its own processes and is terminated at its time limit, or with this script; the other parts run
+regardless. Rows are written as soon as they are known. The device and the versions are in OUT/machine.json. The exit
+status is 0 if all parts finished, and no result is wrong or missing. Skipped cases are counted, but do not affect it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -43,6 +43,8 @@ SECONDS = {"correctness": 240.0, "large": 240.0, "study": 480.0}
 """Time limit of each part."""
 TOLERANCE = 1e-3
 """Largest relative error of an exact method in the study."""
+NOT_REACHED = ("failed", "not measured: the run ended first")
+"""Status and reason of a cell of the study without a row."""
 RESTART = 3
 """Exit status of a process of the first part that lost the device."""
 ENVIRONMENT = {
@@ -192,33 +194,37 @@ def table(rows: Iterable[dict[str, Any]], machine: dict[str, Any]) -> Any:
 
 
 def study(out: Path, tiny: bool, seconds: float) -> bool:
-    """The third part; returns whether every cell has a row, none failed, and no exact method is wrong."""
+    """The third part; returns whether every cell is measured or skipped, and no exact method is wrong."""
+    from ntkbench.measure import rows
+
     profile = "smoke" if tiny else "gpu"
     file, target = ROOT / "config" / f"{profile}.yaml", f"results/{profile}/table.csv"
     command = [sys.executable, "-m", "snakemake", target, "--cores", "all", "--configfile", str(file)]
     done = run([command], seconds)
-    table = measured(file)
+    table = rows.read(ROOT / target) if done else measured(file)
     table.to_csv(out / "study.csv", index=False)
-    wrong = (table["status"] == "failed") | ((table["kind"] == "exact") & (table["error"] > TOLERANCE))
+    bad = ~table["status"].isin(["ok", "skipped"])
+    wrong = bad | ((table["kind"] == "exact") & (table["error"] > TOLERANCE))
     for row in table[wrong].itertuples():
-        said = row.reason if row.status == "failed" else f"relative error {row.error:.2g}"
+        said = f"relative error {row.error:.2g}" if row.status == "ok" else row.reason
         print(f"study: {row.problem} {row.method} {row.backend} {row.metric}: {said}")
     summary("study", done, table["status"], out / "study.csv")
     return done and not wrong.any()
 
 
 def measured(file: Path) -> Any:
-    """The finished, valid rows of a configuration's cells, including those of an interrupted run."""
-    from ntkbench.measure import fingerprints, rows
+    """A row for each cell of an interrupted run; those without a valid one are :data:`NOT_REACHED`."""
+    from ntkbench.measure import fingerprints, journal, outcomes, rows
     from ntkbench.measure.cells import cells
     from ntkbench.measure.config import Config
-    from ntkbench.measure.journal import Journal
 
     config = Config.read(file)
-    journals = list((ROOT / "results" / config.folder / "shards").glob("*.journal"))
-    with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "rows.journal", journals) as journal:
-        found = [journal.row(cell.label, fingerprints.cell(config, cell)) for cell in cells(config)]
-    return rows.frame(row for row in found if row is not None)
+    known = journal.rows_of((ROOT / "results" / config.folder / "shards").glob("*.journal"))
+    found = []
+    for cell in cells(config):
+        left = {key: getattr(cell, key) for key in outcomes.KEY} | outcomes.Outcome(*NOT_REACHED).columns()
+        found.append(known.get((cell.label, fingerprints.cell(config, cell)), left))
+    return rows.frame(found)
 
 
 def summary(part: str, done: bool, statuses: Iterable[str], file: Path) -> None:
@@ -230,14 +236,27 @@ def summary(part: str, done: bool, statuses: Iterable[str], file: Path) -> None:
     print(f"{part}: {said}{'' if done else '; NOT FINISHED'}; see {file}", flush=True)
 
 
+def _end(number: int, _: object) -> None:
+    """End this process by an exception, so that the processes of the part end too."""
+    sys.exit(128 + number)
+
+
 @click.command(help=__doc__)
 @click.option("--parts", default=",".join(SECONDS), help="Comma-separated names.")
 @click.option("--tiny", is_flag=True, help="On the CPU, at sizes whose numbers mean nothing.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "results" / "gpu")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The folder of the results.  [default: results/gpu, or results/gpu_tiny with --tiny]",
+)
 @click.option("--time-limit", type=float, default=530.0, help="Seconds for all parts together.")
-def main(parts: str, tiny: bool, out: Path, time_limit: float) -> None:
+def main(parts: str, tiny: bool, out: Path | None, time_limit: float) -> None:
     """Print the packages that are missing on this machine, and run the parts."""
+    for number in (getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)):
+        if signal.getsignal(number) is signal.SIG_DFL:  # else nohup, for example, ignores it
+            signal.signal(number, _end)
     begun, chosen = time.monotonic(), parts.split(",")
+    out = out or ROOT / "results" / ("gpu_tiny" if tiny else "gpu")
     if unknown := set(chosen) - set(SECONDS):
         raise click.BadParameter(f"unknown parts {', '.join(sorted(unknown))}; allowed: {', '.join(SECONDS)}")
     os.environ.update(ENVIRONMENT)

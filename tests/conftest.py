@@ -22,7 +22,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from ntkbench import paths, problems, testing
+from ntkbench import outside, paths, problems, registry, testing
 from ntkbench.problem import Problem
 
 # No deadlines: the first example of a test pays for imports and kernels. The same examples every time.
@@ -151,6 +151,29 @@ def dense() -> Callable[[str, str], np.ndarray]:
     return _dense
 
 
+@pytest.fixture
+def outer(tmp_path, monkeypatch) -> Iterator[Callable[[str, str], None]]:
+    """Writes a problem of the same name as its file, and its source, into a folder outside of the checkout in use."""
+    before, names = os.environ.get(outside.VARIABLE, ""), []
+
+    def use(name: str, source: str) -> None:
+        file = tmp_path / "plugins" / "problems" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source, encoding="utf-8")
+        registry.use([str(tmp_path / "plugins")])
+        names.append(name)
+
+    monkeypatch.setenv(outside.VARIABLE, before)
+    yield use
+    monkeypatch.setenv(outside.VARIABLE, before)
+    registry.use([])
+    problems.load.cache_clear()
+    for name in names:
+        for known in (problems.base.REGISTRY, problems.REGISTRY._loaded, vars(problems)):
+            known.pop(name, None)
+        sys.modules.pop(f"ntkbench.problems.{name}", None)
+
+
 def checkout(folder: Path) -> Path:
     """A copy of what a run needs, whose files a test may change; ``results/reference`` links to the original."""
     for name in ("src", "benchmarks", "config", "profiles", "report"):
@@ -166,7 +189,8 @@ def snakemake(folder: Path, *arguments: str, root: Path = paths.ROOT, **options:
     """Start the pipeline of a checkout in a folder of its own, with an environment that is not activated."""
     tools = Path(sys.executable).parent
     path = os.pathsep.join(each for each in os.environ["PATH"].split(os.pathsep) if Path(each) != tools)
-    environment = os.environ | {"PATH": path, "PYTHONPATH": paths.python_path(root)}
+    # As if the package of the tests' checkout were installed; another checkout must run its own.
+    environment = os.environ | {"PATH": path, "PYTHONPATH": paths.python_path()}
     command = [sys.executable, "-m", "snakemake", *arguments]
     command += ["--snakefile", str(root / "Snakefile"), "--directory", str(folder)]
     environment |= options.pop("env", {})

@@ -11,6 +11,7 @@ import pytest
 
 from ntkbench import methods, paths, readme
 from ntkbench.errors import Unavailable
+from ntkbench.estimate import Estimate
 from ntkbench.studies import auto_choice
 
 CALLS = 2
@@ -56,12 +57,63 @@ def test_ratios_are_relative_to_auto(table):
 
 
 def test_ratios_pair_calls_of_the_same_round():
-    rows = [{"method": name} for name in ("auto", "slow", "fast", "untimed")]
+    rows = [{"method": name, "reached": True} for name in ("auto", "slow", "fast", "untimed")]
     auto_choice._add_ratios(rows, [[2.0, 4.0, 6.0], [4.0, 4.0, 4.0], [1.0, 2.0, 2.0], []])
     assert "ratio" not in rows[0] and "ratio" not in rows[3]
     assert [rows[1][key] for key in ("ratio", "ratio_q25", "ratio_q75")] == [1.0, 0.75, 1.25]
     assert [rows[2][key] for key in ("ratio", "ratio_q25", "ratio_q75")] == [2.0, 2.0, 2.5]
     assert (rows[1]["fastest"], rows[2]["fastest"]) == (False, True)
+
+
+def test_an_auto_that_misses_the_tolerance_has_no_ratio_to_methods_that_reach_it():
+    rows = [{"method": "auto", "reached": False}, *({"method": name, "reached": True} for name in ("slow", "fast"))]
+    auto_choice._add_ratios(rows, [[1.0, 1.0], [4.0, 4.0], [2.0, 2.0]])
+    assert not any("ratio" in row for row in rows) and [row.get("fastest") for row in rows] == [None, False, True]
+
+
+def test_a_row_says_whether_the_tolerance_is_reached(monkeypatch):
+    wide = Estimate(1.0, 1.0, 4, "hutchinson", (), "trace", degrees=9)
+    monkeypatch.setattr(auto_choice.Prepared, "estimate", lambda self, name, seed: wide)
+    task = {"problem": "digits_mlp[N=4]", "metric": "trace", "rtol": 0.3}
+    found = auto_choice._alone(auto_choice.Settings(threads=1), task, "auto", math.inf)
+    assert found["relative_width"] > 0.3 and found["reached"] is False
+
+
+def test_preparations_are_freed_before_the_next_method_is_measured(monkeypatch):
+    """Each fits in memory alone. Those of the methods that are timed in turn are made again for that."""
+    held, most = [0], {"alone": 0, "in turn": 0}
+    when = ["alone"]
+
+    class Held:
+        def __init__(self):
+            held[0] += 1
+            most[when[0]] = max(most[when[0]], held[0])
+
+        def __del__(self):
+            held[0] -= 1
+
+    def estimates(problem, names, target, options, prepare):
+        made = prepare(methods.get("hutchinson" if options.method == "auto" else options.method))
+        assert isinstance(made, Held)
+        return {names[0]: Estimate(1.0, None, 4, "hutchinson", (), names[0])}
+
+    def in_turn(task, turns, calls):
+        when[0] = "in turn"
+        for turn in turns:
+            turn.warm()
+        return [[1.0] * calls for _ in turns]
+
+    names = ["hutchinson", "structured_derivatives", "parameter_gram"]
+    for name in names:
+        monkeypatch.setattr(type(methods.get(name)), "prepare", lambda *_: Held())
+        monkeypatch.setattr(type(methods.get(name)), "prepares", name)
+    monkeypatch.setattr(auto_choice, "_rivals", lambda metric: names)
+    monkeypatch.setattr(auto_choice, "_check", lambda *_: None)
+    monkeypatch.setattr(auto_choice.ladder, "estimates", estimates)
+    monkeypatch.setattr(auto_choice.base, "in_turn", in_turn)
+    monkeypatch.setattr(auto_choice, "RIVAL", math.inf)
+    auto_choice._rows(auto_choice.Settings(threads=1), "digits_mlp[N=4]", "trace", 0.1)
+    assert most == {"alone": 1, "in turn": 3} and held == [0]
 
 
 def test_the_share_of_tasks_on_the_page_is_that_of_the_committed_table():
@@ -106,13 +158,13 @@ def test_a_rival_reaches_the_tolerance_with_each_timed_seed(monkeypatch):
     settings, task = auto_choice.Settings(threads=1), {"problem": "digits_mlp[N=4]", "metric": "trace", "rtol": 0.3}
     found = auto_choice._alone(settings, task, "hutchinson", math.inf)
     assert found["seeds"] == len(auto_choice.SEEDS) and found["relative_width"] <= 0.3
-    estimate = auto_choice._estimate
+    estimate = auto_choice.Prepared.estimate
 
-    def last_is_wide(settings, task, name, seed):
-        made = estimate(settings, task, name, seed)
+    def last_is_wide(self, name, seed):
+        made = estimate(self, name, seed)
         return dataclasses.replace(made, standard_error=made.value) if seed == auto_choice.SEEDS[-1] else made
 
-    monkeypatch.setattr(auto_choice, "_estimate", last_is_wide)
+    monkeypatch.setattr(auto_choice.Prepared, "estimate", last_is_wide)
     with pytest.raises(Unavailable, match="reaches"):
         auto_choice._alone(settings, task, "hutchinson", math.inf)
 

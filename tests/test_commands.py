@@ -8,10 +8,12 @@ import click
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from ntkbench import BadInput, figures, paths
 from ntkbench.cli import main
+from ntkbench.errors import Unavailable
 from ntkbench.figures.plotting import files
 from ntkbench.measure import cells, fingerprints, glance, view
 from ntkbench.measure.config import Config
@@ -106,6 +108,28 @@ def test_a_study_is_run_with_snakemakes_options(tmp_path, monkeypatch):
     for given in ([str(tmp_path / "broken.yaml")], [str(config), "--configfile", "other.yaml"]):
         refused = CliRunner().invoke(main, ["run", *given])
         assert refused.exit_code == 1 and len(called) == 1 and len(refused.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [["--config", "threads=1"], ["-C", "threads=1"], ["--config=threads=1"], ["--workflow-profile", "mine"]]
+)
+def test_a_run_leaves_to_snakemake_what_its_options_decide(tmp_path, monkeypatch, options):
+    """Values of the configuration, and whether this machine measures."""
+
+    def warnings(*_):
+        raise Unavailable("no such device")
+
+    called = []
+    monkeypatch.setattr(os, "execv", lambda program, command: called.append(command))
+    monkeypatch.setattr("ntkbench.ambient.cores", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(glance, "warnings", warnings)
+    raw = yaml.safe_load((paths.ROOT / "config" / "smoke.yaml").read_text(encoding="utf-8"))
+    raw |= {"threads": 64, "device": "cuda"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    done = CliRunner().invoke(main, ["run", str(tmp_path / "mine.yaml"), *options])
+    assert done.exit_code == 0, done.output
+    assert called[0][-2 - len(options) :] == [*options, "--configfile", str(tmp_path / "mine.yaml")]
 
 
 TAKE_A_CONFIGURATION = [

@@ -135,6 +135,37 @@ def test_a_line_has_the_numbers():
     assert words == [LABEL, "20.00", "40.00", "2.00", "1.0", "2.0", "1.0e-01", "0.0e+00", "SLOWER"]
 
 
+class Answers:
+    """A side of a comparison that answers from a list of errors, with one value for each."""
+
+    def __init__(self, values, errors):
+        self._values, self._errors, self.asked = values, errors, []
+
+    def ask(self, question):
+        name, *given = question
+        if name == "values":
+            self.asked.append(*given)
+            return self._values[: given[0]], self._errors[: given[0]]
+        return 1.0 if name == "block" else None
+
+
+@pytest.mark.parametrize(
+    ("values", "same"),
+    [
+        (([1.0], [1.0]), True),
+        (([1.0], [1.1]), False),
+        (([1.0] * 40, [1.0] * 40), True),
+        (([1.0, 2.0] * 20, [1.0] * 40), False),
+        (([1.0], [1.0] * 40), False),  # a case whose value depends on the seed at the second commit only
+    ],
+)
+def test_values_are_compared_over_the_seeds_that_change_them(values, same):
+    sides = [Answers(each, [0.1] * len(each)) for each in values]
+    found = compare._measured(sides, 1)
+    assert found.same == same and found.errors == pytest.approx((0.1, 0.1))
+    assert [side.asked for side in sides] == [[compare.SEEDS] + [compare.MORE_SEEDS] * (not same)] * 2
+
+
 CHANGED = """
 
 _trace, _kept = trace, []

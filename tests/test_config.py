@@ -63,11 +63,38 @@ def test_written_configurations_read_back_the_same(tmp_path, file, monkeypatch):
 
 
 def test_a_study_inherits_settings_that_it_does_not_set():
+    given = {"side_by_side": {"limits": {"time_s": 1}, "calls": 2}}
+    chosen = config(dtype="float64", limits={"block_mb": 77, "time_s": 5}, studies=given).study("side_by_side")
+    assert (chosen.dtype, chosen.calls, chosen.threads) == ("float64", 2, 1)
+    assert (chosen.limits.block_mb, chosen.limits.time_s) == (77, 1)
+
+
+def test_a_study_inherits_nothing_that_it_does_not_use():
+    """So that its fingerprint and its provenance do not depend on it."""
     chosen = config(
-        seeds=9, limits={"passes": 77, "time_s": 5}, studies={"training": {"limits": {"time_s": 1}, "calls": 2}}
-    ).study("training")
-    assert (chosen.seeds, chosen.calls, chosen.threads) == (9, 2, 1)
-    assert (chosen.limits.passes, chosen.limits.time_s) == (77, 1)
+        seeds=9, calls=9, dtype="float32", limits={"passes": 77, "gigaflop": 7}, studies={"effective_ranks": {}}
+    ).study("effective_ranks")
+    assert chosen == config(studies={"effective_ranks": {}}).study("effective_ranks")
+    assert chosen.dtype == "float64"
+
+
+@pytest.mark.parametrize(
+    ("study", "given", "key"),
+    [
+        ("training", {"calls": 2}, "calls: 2: calls"),
+        ("novak_flops", {"device": "cpu"}, "device: 'cpu': device"),
+        ("novak_time", {"dtype": "float64"}, "dtype: 'float64': dtype"),
+        ("effective_ranks", {"dtype": "float64"}, "dtype: 'float64': dtype"),
+        ("side_by_side", {"limits": {"time_s": 3, "gigaflop": 3}}, "limits: limits.gigaflop"),
+        ("time_to_error", {"limits": {"times_exact": 3}}, "limits: limits.times_exact"),
+        ("hazelden_blog", {"direct_share": 0.1}, "direct_share: unknown key"),
+    ],
+)
+def test_a_setting_that_a_study_does_not_use_is_refused_in_one_line(study, given, key):
+    with pytest.raises(BadInput) as caught:
+        config(studies={study: given})
+    (line,) = str(caught.value).splitlines()
+    assert f"studies.{study}.{key}" in line and ("has no effect on this study" in line or "unknown key" in line)
 
 
 @given(st.data())

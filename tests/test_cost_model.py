@@ -46,6 +46,30 @@ def test_large_predicted_bytes_are_near_the_measured_ones(table):
     assert (large["predicted_bytes"] / large["memory_bytes"]).between(1 / 4, 4).all(), large.to_string()
 
 
+@pytest.mark.parametrize(("error", "value", "relative"), [(0.5, -2.0, 0.25), (None, 2.0, None), (0.5, 0.0, None)])
+def test_a_standard_error_is_relative_to_a_value_that_is_not_zero(error, value, relative):
+    assert cost_model.relative(error, value) == relative
+
+
+def test_a_row_with_a_value_of_zero_keeps_its_costs(monkeypatch):
+    """The alignment of orthogonal kernels, say."""
+    method, predict = type(methods.get("hutchinson")), cost_model.cost.predict
+    estimate = method.estimate
+    zero = lambda *given: dataclasses.replace(estimate(*given), value=0.0)  # noqa: E731
+
+    def then_zero(*args, **named):
+        found = predict(*args, **named)
+        monkeypatch.setattr(method, "estimate", zero)
+        return found
+
+    monkeypatch.setattr(cost_model.cost, "predict", then_zero)
+    cases = [{"problem": SMALL, "metric": "trace", "rtol": 0.5, "methods": ["hutchinson"]}]
+    given = {"threads": 1, "device": "cpu", "calls": 1, "cases": cases}
+    (row,) = studies.run("cost_model", studies.settings("cost_model", given)).to_dict("records")
+    assert row["status"] == "ok", row["reason"]
+    assert row["seconds"] > 0 and pd.isna(row["relative_standard_error"]) and "standard_error" not in row
+
+
 @pytest.mark.parametrize(("seconds", "status"), [(9.0, "ok"), (11.0, "skipped")])
 def test_computations_are_left_out_above_twice_the_patience(monkeypatch, seconds, status):
     predict = cost_model.cost.predict
@@ -105,6 +129,12 @@ def test_the_title_of_the_figure_is_what_was_found(tmp_path):
     assert "Left out: 1 predicted by running on all samples. Not measured: 2 predicted to take" in drawing.caption
     assert len(drawing.caption.split()) <= 60
     assert "Memory peaks: 50 % of 4 within a factor of 2; those below 0.5 MiB count as 0.5 MiB" in files[1].read_text()
+    rows += [rows[0] | {"status": "timeout", "reason": "took 60 s", "method": "late", "seconds": 60.0}]
+    rows += [rows[0] | {"status": "failed", "reason": "no prediction", "predicted_seconds": None}]
+    drawing = figures.REGISTRY.get("cost_model").draw(base.checked_study(pd.DataFrame(rows), cost_model_columns()))
+    assert drawing.title == "Predicted seconds: 60 % within a factor of 2, median error a factor of 1.5"
+    assert "1 ended without seconds and count as missed." in drawing.caption and len(drawing.caption.split()) <= 60
+    assert len(drawing.plotted) == 5 and "Memory peaks: 50 % of 4" in drawing.caption
 
 
 def cost_model_columns() -> tuple[str, ...]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from ntkbench import figures, studies
+from ntkbench import figures, methods, studies
+from ntkbench.estimate import Estimate
 from ntkbench.figures import cross_sample_share as figure
 from ntkbench.networks import initialisation
 from ntkbench.studies import cross_sample_share as study
@@ -61,6 +62,24 @@ def test_intervals_of_ratios_of_variances_cover_for_several_distributions():
         assert 0.88 <= covered / 300 <= 0.99, variance
     ratio, low, high = study.ratio_of_variances(rng.standard_normal(10**5), 3 * rng.standard_normal(10**5))
     assert ratio == pytest.approx(1 / 9, rel=0.03) and high / low < 1.05
+
+
+@pytest.mark.parametrize("equal", [np.full(9, 0.1), np.full(9, 0.1) * (1 + 1e-15 * np.arange(9))])
+def test_the_ratio_to_estimates_that_do_not_vary_is_not_known(equal):
+    varied = np.random.default_rng(0).standard_normal(9)
+    for pair in ((varied, equal), (equal, varied), (equal, equal)):
+        assert study.ratio_of_variances(*pair) == (None, None, None)
+
+
+def test_a_row_without_a_ratio_of_variances_keeps_its_exact_shares(monkeypatch):
+    """As that of a network whose outputs have orthogonal gradients: an estimate per sample has no variance."""
+    method = type(methods.get(study.PER_SAMPLE))
+    constant = Estimate(2.0, 0.0, 2, study.PER_SAMPLE, (), "trace")
+    monkeypatch.setattr(method, "estimate", lambda *_: constant)
+    given = TINY | {"networks": ["mlp"], "inits": 1, "seeds": 8, "steps": [0, 1]}
+    rows = studies.run(NAME, studies.settings(NAME, given))
+    assert (rows["status"] == "ok").all(), rows["reason"].tolist()
+    assert rows["factor"].notna().all() and rows["measured"].isna().all()
 
 
 @pytest.mark.parametrize("name", list(digit_networks.NETWORKS))

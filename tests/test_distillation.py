@@ -18,7 +18,7 @@ from ntkbench.studies import distillation as study
 from ntkbench.studies.base import distilling
 
 TINY = {"weights": [0, 2], "seeds": 3, "teacher": 12, "student": 4, "taught": 40, "images": 20, "steps": 25}
-TINY |= {"batch": 8, "seen": 4, "probes": 2, "threads": 1, "device": "cpu"}
+TINY |= {"batch": 8, "seen": 4, "probes": 2, "threads": 1}
 
 
 def networks():

@@ -56,6 +56,17 @@ def test_given_exact_values_are_used(config, record):
     assert kept["reference"] == 1e9 and kept["effective_rank"] == 2.0 and kept["error"] == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.parametrize(("later", "kept"), [(60, 60), (100, None)])
+def test_a_peak_on_a_gpu_is_recorded_only_if_it_is_that_of_the_call(config, record, monkeypatch, later, kept):
+    """JAX cannot reset its peak, which is then that of the first call."""
+    made = Execution(CELL, config, record)
+    made.settle()
+    peaks = iter([10 if kept else 100, later])
+    monkeypatch.setattr(operators, "device_memory", lambda target: next(peaks, later))
+    made.call_for_peak()
+    assert execution.read(record)["gpu_peak_bytes"] == kept
+
+
 def test_exact_values_of_other_weights_or_inputs_are_refused(config, record):
     with pytest.raises(
         NtkbenchError, match=r"digits_conv\[N=3\] has other weights or inputs than when its exact values"

@@ -158,10 +158,10 @@ def test_rows_are_measured_again_if_a_source_of_the_network_changes(checkpoint, 
 
 
 def test_installed_packages_are_not_sources_of_a_network(tmp_path):
-    assert factories._is_local(tmp_path / "my_layers.py")
+    assert outside.is_local(tmp_path / "my_layers.py")
     for folder in ("site-packages", "dist-packages"):
-        assert not factories._is_local(tmp_path / folder / "torch" / "nn.py")
-    assert not factories._is_local(Path(os.__file__)) and not factories._is_local(Path(factories.__file__))
+        assert not outside.is_local(tmp_path / folder / "torch" / "nn.py")
+    assert not outside.is_local(Path(os.__file__)) and not outside.is_local(Path(factories.__file__))
 
 
 def test_a_network_that_changes_during_a_run_is_refused(checkpoint, name):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ntkbench import paths, problems
+from ntkbench import outside, paths, problems
 from ntkbench.measure import fingerprints
 from ntkbench.measure.cells import cells
 from ntkbench.measure.config import Config
@@ -90,14 +90,14 @@ CELLS = {
 }
 PROBLEMS = ("digits_conv[N=4]", "gru_hazelden[N=2,T=2]", "rnn_flipflop[N=2,T=10,H=4]")
 FIGURES = {"error_against_passes": "table.csv", "hazelden_trace": "studies/hazelden_trace.csv"}
-ONE = {"threads": 1, "seeds": 2, "calls": 1}
+ONE = {"threads": 1}
 STUDIES = {
     "training": {"N": 4, "H": 4, "gains": [1.0], "ranks": [4], "networks": 1, "probes": 2, "loss": 0.99, "steps": 300},
     "mohamadi_drift": {"width": 8, "steps": 20, "looks": 2, "inits": 1, "images": 2, "rate": 0.01, "decay": 0.1},
 }
 PARTLY = {
-    "estimators_on_spectra": {"n": 20, "outputs_per_parameter": [1], "spectra": ["1/i"], "passes": [18]},
-    "hazelden_blog": {"problem": "gru_hazelden[N=2,T=2]", "samples": [2]},
+    "estimators_on_spectra": {"n": 20, "outputs_per_parameter": [1], "spectra": ["1/i"], "passes": [18], "seeds": 2},
+    "hazelden_blog": {"problem": "gru_hazelden[N=2,T=2]", "samples": [2], "seeds": 2},
 }
 """Studies that load only part of what they name, depending on their settings, or import methods without using them."""
 
@@ -328,6 +328,84 @@ def test_only_settings_that_concern_a_cell_count():
         assert fingerprints.cell(config(), replace(cell, **change)) != before
     small, large = (config(studies={"training": {"N": N}}) for N in (8, 9))
     assert fingerprints.study(small, "training") != fingerprints.study(large, "training")
+
+
+def test_settings_without_effect_on_a_study_do_not_count(monkeypatch):
+    monkeypatch.setattr("ntkbench.ambient.cores", lambda: 8)
+
+    def of(name, **changes):
+        return fingerprints.study(config(studies={name: {}}, **changes), name)
+
+    for change in ({"calls": 9}, {"threads": 4}, {"limits": {"problem_s": 7}}):
+        assert of("training", **change) == of("training"), change
+    assert of("training", limits={"memory_mb": 99}) != of("training")
+    assert of("novak_time", threads=4) != of("novak_time"), "it has seconds"
+
+
+@pytest.mark.parametrize("key", ["stochastic in torch", "stochastic in jax"])
+def test_the_devices_that_a_setting_means_here_count_for_a_cell(monkeypatch, key):
+    chosen, cell = config(), cell_of(*CELLS[key])
+
+    def of(torch, jax):
+        names = {"torch": torch, "jax": jax}
+        monkeypatch.setattr(fingerprints.provenance, "device", lambda backend, asked: names[backend])
+        return fingerprints.cell(chosen, cell)
+
+    assert len({of("cpu", "cpu"), of("a GPU", "cpu"), of("another GPU", "cpu")}) == 3
+    # A cell in JAX is skipped unless JAX has a GPU, too.
+    assert (of("a GPU", "a GPU") == of("a GPU", "cpu")) == (cell.backend == "torch")
+    chosen._here = False  # other machines measure
+    assert of("a GPU", "a GPU") == of("cpu", "cpu")
+
+
+NEIGHBOURS = {
+    "package_of_fingerprints/__init__.py": "",
+    "package_of_fingerprints/layers.py": "from . import parts\n",
+    "package_of_fingerprints/parts.py": "import module_of_fingerprints as other\n",
+    "module_of_fingerprints.py": "import numpy\n",
+}
+WITH_NEIGHBOURS = '''
+"""A problem whose network is elsewhere."""
+
+from ntkbench.problems.base import Definition, problem
+
+@problem
+def with_neighbours(N: int = 2) -> Definition:
+    """It imports only when it is made."""
+    import package_of_fingerprints.layers
+'''
+
+
+@pytest.fixture
+def neighbours(tmp_path, monkeypatch):
+    """A folder on Python's path, with :data:`NEIGHBOURS` and a file that they do not import."""
+    folder = tmp_path / "neighbours"
+    for name, source in {**NEIGHBOURS, "unused_by_fingerprints.py": ""}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(folder))
+    outside._local.cache_clear()
+    yield folder
+    outside._local.cache_clear()
+
+
+def test_files_that_a_plug_in_imports_from_elsewhere_count_unless_they_are_installed(neighbours, outer):
+    outer("with_neighbours", WITH_NEIGHBOURS)
+    before = fingerprints.problem("with_neighbours")
+    for name in NEIGHBOURS:
+        with edited(neighbours / name):
+            assert fingerprints.problem("with_neighbours") != before, name
+    with edited(neighbours / "unused_by_fingerprints.py"):
+        assert fingerprints.problem("with_neighbours") == before
+    files = fingerprints.sources(problems.module_of("with_neighbours"))
+    beside = {file for file in files if not file.is_relative_to(fingerprints.PACKAGE)}
+    assert {file.name for file in beside} == {"with_neighbours.py", *(Path(name).name for name in NEIGHBOURS)}
+
+
+def test_files_that_a_file_of_ntkbench_imports_from_elsewhere_count(copy, neighbours):
+    with edited(copy / "methods" / "direct.py", b"import module_of_fingerprints\n"):
+        found = fingerprints.sources("ntkbench.methods.direct")
+    assert neighbours / "module_of_fingerprints.py" in found
 
 
 def test_problems_and_methods_in_a_studys_settings_count(copy):

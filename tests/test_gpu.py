@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +19,8 @@ from click.testing import CliRunner
 
 from ntkbench import methods, paths
 from ntkbench.estimate import Estimate
+from ntkbench.measure import outcomes
+from ntkbench.measure import rows as tables
 from ntkbench.measure.cells import cells
 from ntkbench.measure.config import Config
 
@@ -24,6 +29,8 @@ import gpu
 import gpu_correctness
 import gpu_large
 from gpu_correctness import Case
+
+CONFIG = "config/smoke.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +168,94 @@ def _running(pid: int) -> bool:
     return True
 
 
-def test_missing_packages_are_named_and_the_rest_runs(tmp_path, monkeypatch):
+TERMINATED = """
+import signal, sys
+sys.path.insert(0, sys.argv[1])
+import gpu
+
+for number in (signal.SIGTERM, signal.SIGHUP):  # whoever started the tests may ignore them
+    signal.signal(number, signal.SIG_DFL)
+
+gpu.missing = dict
+gpu.correctness = lambda out, tiny, seconds: gpu.run([[sys.executable, "-c", sys.argv[3]]], seconds)
+gpu.main(["--parts", "correctness", "--out", sys.argv[2]])
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_script_that_is_terminated_leaves_no_process(tmp_path, name):
+    pid, number = tmp_path / "pid", getattr(signal, name)
+    child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    command = [sys.executable, "-c", TERMINATED, str(paths.ROOT / "scripts"), str(tmp_path), child]
+    process = subprocess.Popen(command)
+    while not (pid.exists() and pid.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert not _running(int(pid.read_text()))
+
+
+@pytest.fixture
+def handlers():
+    """Restores the handlers of signals that the script sets."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_tiny_numbers_have_a_folder_of_their_own(tmp_path, monkeypatch, handlers):
+    for name in (*gpu.PINS, "pyproject.toml"):
+        shutil.copy(paths.ROOT / name, tmp_path)
+    found = []
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "correctness", lambda out, tiny, seconds: found.append(out) or True)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for given in ([], ["--tiny"]):
+        assert CliRunner().invoke(gpu.main, ["--parts", "correctness", *given]).exit_code == 0
+    assert found == [tmp_path / "results" / "gpu", tmp_path / "results" / "gpu_tiny"]
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A checkout with the smoke configuration, and a table of its cells, all measured."""
+    (tmp_path / "config").mkdir()
+    shutil.copy(paths.ROOT / "config" / "smoke.yaml", tmp_path / "config")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    keys = [{key: getattr(cell, key) for key in outcomes.KEY} for cell in cells(Config.read(paths.ROOT / CONFIG))]
+    return tables.frame(key | {"status": "ok", "reason": "", "kind": "exact", "error": 1e-7} for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("change", "good"),
+    [
+        ({}, True),
+        ({"status": "skipped", "reason": "no JAX"}, True),
+        ({"error": 0.1}, False),
+        *(({"status": status, "reason": "no"}, False) for status in outcomes.PASSING),
+    ],
+)
+def test_a_study_succeeds_if_all_cells_are_measured_or_skipped(tmp_path, monkeypatch, study, change, good):
+    """A cell whose problem failed is in the table, but in no journal."""
+    study.loc[3, list(change)] = list(change.values())
+    folder = tmp_path / "results" / "smoke"
+    folder.mkdir(parents=True)
+    study.to_csv(folder / "table.csv", index=False)
+    monkeypatch.setattr(gpu, "run", lambda commands, seconds: True)
+    assert gpu.study(tmp_path, True, 1) == good
+    assert len(pd.read_csv(tmp_path / "study.csv")) == len(study)
+
+
+def test_a_study_that_did_not_finish_has_a_row_for_each_cell(tmp_path, monkeypatch, study):
+    monkeypatch.setattr(gpu, "run", lambda commands, seconds: False)
+    assert not gpu.study(tmp_path, True, 1)
+    found = pd.read_csv(tmp_path / "study.csv")
+    assert found["method"].tolist() == study["method"].tolist()
+    assert set(zip(found["status"], found["reason"], strict=True)) == {gpu.NOT_REACHED}
+
+
+def test_missing_packages_are_named_and_the_rest_runs(tmp_path, monkeypatch, handlers):
     monkeypatch.setattr(gpu, "_installed", lambda name: name not in ("asv", "PyYAML", "frozendict"))
     monkeypatch.setattr(gpu, "correctness", lambda out, tiny, seconds: print("it runs") or True)
     monkeypatch.setattr(os, "environ", dict(os.environ))

@@ -64,6 +64,26 @@ def test_the_error_of_an_estimate_is_that_of_its_values_and_the_same_every_time(
     assert 1e-4 < error < 0.2
 
 
+@pytest.mark.parametrize(
+    ("label", "random"),
+    [
+        ("mlp/random_vector/torch/ntk", True),
+        ("mlp/random_vector/torch/trace", True),
+        ("mlp/hutchinson/torch/trace/72", True),
+        ("mlp/structured_derivatives/torch/norm", False),
+        ("mlp/sum_of_logits/torch/ntk", False),
+    ],
+)
+def test_a_case_is_random_if_its_value_depends_on_the_seed(label, random):
+    """Whether or not it takes passes; its error is then the median over seeds."""
+    case = Case(label)
+    assert case.random == random
+    asked, call = [], case.call
+    case.call = lambda seed: asked.append(seed) or call(seed)
+    case.error()
+    assert asked == list(range(cases.SEEDS if random else 1))
+
+
 def test_the_trace_kernel_is_closer_to_theta_than_a_single_logit():
     """The trace kernel is the best kernel between samples."""
     trace, logit = (Case(f"mlp/{kernel}/torch/ntk").error() for kernel in ("trace", "single_logit"))
@@ -126,6 +146,17 @@ def test_one_thread_is_used_on_systems_without_cpu_affinity(monkeypatch):
         monkeypatch.delattr(os, name, raising=False)
     cases.one_thread()
     assert threads == [1]
+
+
+def test_a_measuring_process_has_one_thread_however_early_numpy_is_loaded():
+    """asv imports the suite's files in alphabetical order."""
+    code = "import history.cases, history.ntk, json, threadpoolctl\n"
+    code += "print(json.dumps([pool['num_threads'] for pool in threadpoolctl.threadpool_info()]))"
+    kept = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    environment = kept | {"PYTHONPATH": str(paths.ROOT / "benchmarks")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found and set(found) == {1}
 
 
 def test_a_peak_of_memory_is_seen_after_it_is_freed():

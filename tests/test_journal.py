@@ -149,6 +149,33 @@ def test_failed_rows_are_dropped_on_request(tmp_path):
         assert [s for s in outcomes.STATUSES if journal.row(s, "this")] == ["ok", "skipped"]
 
 
+def test_only_failed_rows_of_given_keys_are_dropped(tmp_path):
+    with Journal(tmp_path / "a.journal") as journal:
+        for key in "xy":
+            journal.finish(key, "this", {"status": "failed", "reason": ""})
+        journal.drop(outcomes.PASSING, {"x"})
+        assert journal.row("x", "this") is None and journal.row("y", "this") is not None
+
+
+def test_the_latest_of_what_several_journals_say_counts_in_any_order(tmp_path):
+    first, second = tmp_path / "first.journal", tmp_path / "second.journal"
+    with Journal(first) as journal:
+        journal.finish("x", "this", {"status": "failed", "reason": ""})
+        journal.drop(outcomes.PASSING)
+    with Journal(second) as journal:
+        journal.finish("x", "this", OK)
+    assert journals.rows_of([first, second]) == journals.rows_of([second, first]) == {("x", "this"): OK}
+
+
+def test_a_journal_keeps_its_order_if_the_clock_is_set_back(tmp_path, monkeypatch):
+    times = iter([7.0, 5.0])
+    monkeypatch.setattr(journals.time, "time", lambda: next(times))
+    with Journal(tmp_path / "a.journal") as journal:
+        journal.finish("x", "this", {"status": "failed", "reason": ""})
+        journal.drop(outcomes.PASSING)
+    assert journals.rows_of([journal.path]) == {}
+
+
 def test_rows_of_other_journals_are_used(tmp_path):
     with Journal(tmp_path / "one.journal") as journal:
         journal.finish("a", "this", OK)

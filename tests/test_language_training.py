@@ -109,6 +109,16 @@ def test_the_factors_are_those_of_the_network_at_each_step(table):
     assert 0 < ratio.loc["alignment", "value"] < 1
 
 
+def test_the_ratios_at_the_first_step_are_known():
+    """Estimates of P, too, are compared with themselves there."""
+    course = study.Course(studies.settings(NAME, TINY | {"probes": 4}))
+    rows = pd.DataFrame(course.look(0))
+    factors = rows[rows["part"].isin(study.FACTORS)]
+    assert len(factors) == 8 and (factors["ratio"] == 1).all() and (factors["ratio_standard_error"] == 0).all()
+    later = pd.DataFrame(course.look(1))
+    assert (later.loc[(later["part"] == "P") & (later["metric"] == "trace"), "ratio_standard_error"] > 0).all()
+
+
 def problem_of(definition) -> Problem:
     network = definition.part
     weights = {name: w.detach().numpy() for name, w in network.named_parameters()}

@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
         "threads": 1,
         "seeds": 3,
         "calls": 2,
-        "limits": {"time_s": 8, "memory_mb": 1500, "problem_s": 6},
+        "limits": {"time_s": 8, "memory_mb": 1500, "problem_s": 12},
         "grid": [
             {"problems": [PROBLEM], "methods": ["misbehaving"], "metrics": ["trace"], "passes": BUDGETS},
             {
@@ -80,7 +80,7 @@ def test_each_misbehaviour_has_its_status_and_reason(table, budget):
     [
         (PROBLEM, "ok", ""),
         ("raising", "failed", "ValueError: no such network"),
-        ("never_ready", "timeout", "not finished within the limit of 6 s"),
+        ("never_ready", "timeout", "not finished within the limit of 12 s"),
         ("too_large", "out_of_memory", "over the limit"),
         ("zero", "failed", "not defined"),
     ],

@@ -52,3 +52,20 @@ def test_a_reason_is_one_printable_line_that_can_be_written(text):
 def test_an_exit_status_gives_a_reason(code, said):
     status, reason = outcomes.of_exit(code)
     assert status == "failed" and said in reason
+
+
+@pytest.mark.parametrize("status", [*outcomes.STATUSES, None])
+def test_a_step_may_change_if_a_row_of_it_failed(tmp_path, status):
+    csv, facts = tmp_path / "table.csv", tmp_path / "problems.json"
+    if status:
+        csv.write_text(f"problem,status,reason\na,ok,\nb,{status},no\n", encoding="utf-8")
+        facts.write_text(f'{{"a": {{"status": "ok"}}, "b": {{"status": "{status}"}}}}', encoding="utf-8")
+    expected = status in ("failed", "timeout", "out_of_memory")
+    assert outcomes.may_change(csv) == outcomes.may_change(facts) == expected
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "[1]", "{", '{"a": 3}'])
+def test_a_file_without_outcomes_does_not_say_that_a_step_may_change(tmp_path, text):
+    for name in ("table.csv", "problems.json"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert outcomes.may_change(tmp_path / name) is False

@@ -39,7 +39,8 @@ def ntkbench(root, *arguments):
 def finished(tmp_path_factory):
     """A copy of the checkout, what a run of it said, and the run's working folder; both paths have a space."""
     root, folder = checkout(tmp_path_factory.mktemp("a checkout")), tmp_path_factory.mktemp("a folder")
-    code, out, err = run_snakemake(folder, "--configfile", str(root / "config/smoke.yaml"), root=root)
+    configured = ("--configfile", str(root / "config/smoke.yaml"))
+    code, out, err = run_snakemake(folder, *configured, "--resources", "mem_mb=90000", root=root)
     assert code == 0, err[-4000:]
     return root, out + err, folder
 
@@ -153,8 +154,9 @@ def test_timings_list_every_step(results):
 
 
 def test_a_finished_run_has_nothing_to_do_even_with_a_broken_method(finished, results, edited):
+    """Neither does a run that would repeat what failed."""
     edited("src/ntkbench/methods/brand_new.py", "def (:")
-    assert not smoke(finished)
+    assert not smoke(finished, "--config", "retry=failed")
     assert ntkbench(finished[0], "pending", "config/smoke.yaml", "--results", results).stdout.startswith("0 of ")
 
 
@@ -231,13 +233,16 @@ def test_the_report_has_figures_with_captions_tables_and_the_text(finished, resu
 
 
 def test_failed_cells_are_measured_again_on_request(finished, results, pending):
-    """Dry runs after this test have steps to run, since this run had another ``retry``."""
+    """The row says so in the journal and in the table."""
     root, _, folder = finished
-    journal = results / "shards" / "shard-0.journal"
+    journal, csv = (results / "shards" / f"shard-0.{ending}" for ending in ("journal", "csv"))
     label = next(cell.label for cell in cells.cells(RUN) if cell.method == "jacobian_contraction")
     with Journal(journal) as kept:
         made_for = next(made_for for key, made_for in rows_of([journal]) if key == label)
         kept.finish(label, made_for, kept.row(label, made_for) | {"status": "timeout"})
+    table = pd.read_csv(csv, dtype=str, keep_default_na=False)
+    table.loc[[one == label for one in rows.labels(rows.read(csv))], "status"] = "timeout"
+    table.to_csv(csv, index=False)
     before = journal.read_text(encoding="utf-8")
     table = ("results/smoke/table.csv", "--configfile", str(root / "config/smoke.yaml"))
     code, _, err = run_snakemake(folder, *table, "--config", "retry=failed", root=root)
@@ -363,12 +368,19 @@ def test_a_page_is_made_from_the_tables_that_are_inputs_of_its_rule(dry):
 
 
 def test_no_step_runs_beside_a_timed_one(dry):
-    """A timed step takes the whole `timer` of profiles/default, and each other step a part of it."""
+    """A timed step takes the whole `timer`, and each other step a part of it."""
     jobs = re.findall(r"^(?:local)?rule (\w+):\n((?: {4}.*\n)+)", dry[1], re.MULTILINE)
     text = (paths.ROOT / "Snakefile").read_text(encoding="utf-8")
     written = re.findall(r"^(?:use rule \w+ as|rule) (\w+)", text, re.MULTILINE)
     assert {rule for rule, _ in jobs} == {*written} - {"figures"}, "the dry run does not have every rule"
     assert {rule for rule, said in jobs if " output:" in said and not re.search(r"\btimer=[12]\b", said)} == set()
+
+
+def test_the_timer_does_not_depend_on_the_resources_that_are_given(finished):
+    logs = [file.read_text(encoding="utf-8") for file in (finished[2] / ".snakemake" / "log").glob("*.log")]
+    provided = re.findall(r"^Provided resources: (.*)$", "".join(logs), re.MULTILINE)
+    assert any("90000" in each for each in provided)
+    assert all(re.search(r"\btimer\D+2\b", each) for each in provided)
 
 
 def test_an_unwritable_results_folder_is_refused(tmp_path):

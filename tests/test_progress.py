@@ -21,3 +21,10 @@ def test_a_step_writes_all_keys_that_are_read(tmp_path):
     with Progress(tmp_path, "one", 2.0):
         said = json.loads((tmp_path / progress.FOLDER / "one.json").read_text())
     assert said.keys() == progress.KEYS
+
+
+def test_a_step_goes_on_if_its_progress_cannot_be_written(tmp_path):
+    (tmp_path / progress.FOLDER).write_text("in the way")
+    with Progress(tmp_path, "one", 2.0) as one:
+        one.begin("a")
+    assert progress.read(tmp_path) == {}

@@ -5,8 +5,9 @@ import subprocess
 
 import pytest
 
-from ntkbench import paths
+from ntkbench import operators, paths
 from ntkbench.measure import provenance
+from ntkbench.options import Target
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +60,36 @@ def test_plug_ins_exact_values_and_weights_are_in_folders_of_code():
     read += [weights.committed_file("mlp_he"), reference.file_of("mlp_he", paths.REFERENCE)]
     folders = [paths.ROOT / folder for folder in provenance.CODE]
     assert [file for file in read if not any(file.is_relative_to(folder) for folder in folders)] == []
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A machine without a GPU, where no process may be started."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(provenance.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(provenance.subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_without_a_gpu_the_device_is_known(alone, backend):
+    device = provenance.device.__wrapped__
+    assert [device(backend, asked) for asked in ("auto", "cpu", "cuda")] == ["cpu", "cpu", None]
+
+
+@pytest.mark.parametrize(("program", "found"), [("print('hello'); print('a GPU')", "a GPU"), ("1 / 0", None)])
+def test_where_there_may_be_a_gpu_another_process_finds_the_device(monkeypatch, program, found):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(provenance, "DEVICE", program)
+    assert provenance.device.__wrapped__("torch", "auto") == found
+
+
+@pytest.mark.slow
+def test_another_process_finds_the_same_device(monkeypatch):
+    found = operators.device_name(Target("torch"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert provenance.device.__wrapped__("torch", "auto") == found
+
+
+def test_the_plug_in_with_which_jax_uses_a_gpu_is_among_the_packages(monkeypatch):
+    monkeypatch.setattr(provenance, "_version", {"jax": "1", "jax-cuda12-plugin": "2"}.get)
+    assert provenance.packages.__wrapped__() == ("jax 1", "jax-cuda12-plugin 2")

@@ -69,6 +69,36 @@ def test_impossible_settings_are_refused(wrong, says):
         studies.settings("recurrent_scaling", TINY | wrong)
 
 
+def test_a_size_that_takes_too_long_is_timed_once(monkeypatch):
+    """After its first call, which also traces; it takes no more calls in turn."""
+    method = type(methods.get("one_sided_reverse"))
+    estimate, calls = method.estimate, []
+    monkeypatch.setattr(method, "estimate", lambda *given: calls.append(1) or estimate(*given))
+    table = run(N=[2], T=[4], probes=[4], limits={"patience_s": 1e-9})
+    slow = table[table["method"] == "one_sided_reverse"]
+    assert len(calls) == 2 * len(slow) and (slow["status"] == "ok").all() and (slow["calls"] == 1).all()
+    assert (slow["seconds"] == slow["seconds_q25"]).all() and (slow["seconds"] == slow["seconds_q75"]).all()
+
+
+def test_budgets_are_checked_at_the_passes_of_the_probes(monkeypatch):
+    """Memory and reasons of a method may depend on the budget."""
+    method, asked = type(methods.get("one_sided_reverse")), []
+
+    def bytes_needed(self, problem, metric, target, passes=None):
+        asked.append(passes)
+        return 2**40 if passes and passes > self.cost(metric, 2) else 0
+
+    def unsupported_reason(self, problem, metric, target, passes=None):
+        asked.append(passes)
+
+    monkeypatch.setattr(method, "bytes_needed", bytes_needed)
+    monkeypatch.setattr(method, "unsupported_reason", unsupported_reason)
+    table = run(N=[2], T=[4])
+    rows = table[(table["method"] == "one_sided_reverse") & (table["varied"] == "probes")].set_index("probes")
+    assert rows["status"].to_dict() == {2: "ok", 4: "out_of_memory"} and "would hold" in rows.loc[4, "reason"]
+    assert None not in asked
+
+
 def test_too_few_steps_are_refused_before_anything_is_timed():
     with pytest.raises(ValidationError, match=r"task flipflop needs .* T of at least 2"):
         studies.settings("recurrent_scaling", TINY | {"T": [1, 4, 8]})

@@ -177,6 +177,7 @@ BROKEN = [
     *(("study", *case) for case in [*EVERYWHERE, *AT_IMPORT[:3]]),
     ("study", but("study", '"""A study."""', ""), 1, "has no docstring"),
     ("study", but("study", "(base.Settings)", ""), 7, "Settings must be a subclass"),
+    ("study", but("study", '"""Sizes."""', 'USES = ("seed",)'), 7, "Settings.USES: unknown 'seed'"),
     ("study", but("study", "def run(settings)", "def ran(settings)"), 1, r"defines no run\(settings\)"),
     ("study", but("study", "def run(settings)", "def run()"), 10, "run must take the settings alone"),
     ("study", but("study", "hutchpp", "hutch"), 5, "PLUGINS: there is no module 'ntkbench.methods.hutch'"),

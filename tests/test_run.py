@@ -16,6 +16,7 @@ BLOCK = {
     "metrics": ["trace"],
     "passes": [36, 72],
 }
+GOAL = {"problem": "mnist_mlp", "metric": "trace", "error": 0.1}
 
 
 def run(here=True, **changes):
@@ -45,6 +46,25 @@ def test_a_study_has_its_own_limits_and_device():
     assert (made.needs(study="novak_time").mem_mb, made.needs(study="novak_time").gpu) == (100 + BESIDE_MB, 1)
     assert (made.needs(study="training").mem_mb, made.needs(study="training").gpu) == (200 + BESIDE_MB, 0)
     assert made.needs(number=0).gpu == 0 and run(here=False, device="cuda").needs(number=0).gpu == 1
+
+
+def test_a_step_may_change_if_a_row_failed_or_data_were_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NTKBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("NTKBENCH_DATA", raising=False)
+    made = run(studies={"training": {}})
+    steps = {"problems.json": {}, "shards/shard-0.csv": {"number": 0}, "studies/training.csv": {"study": "training"}}
+    for name, step in steps.items():
+        file = made.results / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for status in ("ok", "timeout"):
+            json = file.suffix == ".json"
+            file.write_text(f'{{"a": {{"status": "{status}"}}}}' if json else f"status\n{status}\n", encoding="utf-8")
+            assert made.may_change(**step) == (status == "timeout"), name
+        file.unlink()
+        assert not made.may_change(**step), name
+    assert run(grid=[BLOCK | {"problems": ["mnist_mlp"]}]).may_change()
+    assert run(studies={"time_to_error": {"goals": [GOAL]}}).may_change(study="time_to_error")
 
 
 def test_timed_steps_have_their_machine_and_all_threads():

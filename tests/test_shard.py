@@ -1,4 +1,4 @@
-"""A shard's cells: rows whose sources change while they are measured are repeated. No asv runs here."""
+"""A shard's cells: a shard whose sources change ends, and its valid rows are kept. No asv runs here."""
 
 import contextlib
 
@@ -6,6 +6,7 @@ import pytest
 
 from ntkbench.measure import shard
 from ntkbench.measure.config import Config
+from ntkbench.measure.journal import Journal, rows_of
 from ntkbench.measure.outcomes import Outcome
 from ntkbench.measure.rows import read
 
@@ -31,7 +32,7 @@ def measured(tmp_path, monkeypatch):
 
         monkeypatch.setattr(shard, "_measure", one)
         output = tmp_path / "shards" / "shard-0.csv"
-        shard.measure(config, 0, tmp_path / "problems.json", output, tmp_path / "logs" / "cases.log")
+        shard.measure(measure.config, 0, tmp_path / "problems.json", output, tmp_path / "logs" / "cases.log")
         return calls, read(output).set_index("metric")
 
     measure.config = config
@@ -84,7 +85,7 @@ def test_lost_rows_of_a_timeout_are_noticed(measured, tmp_path):
     assert len(shard.pending(measured.config, tmp_path)) == 2
 
 
-def test_the_journal_of_the_shard_itself_counts(measured, tmp_path):
+def test_the_latest_row_of_a_cell_counts(measured, tmp_path):
     """Another shard's journal may have an older row of a cell, if the number of shards has changed."""
     measured(lambda cell: (Outcome("timeout", "slow"), {}))
     own = tmp_path / "shards" / "shard-0.journal"
@@ -104,14 +105,31 @@ def test_rows_that_no_journal_keeps_are_no_damage(measured, tmp_path, monkeypatc
     assert shard.discard_damaged(measured.config, tmp_path) == []
 
 
-def test_a_row_whose_sources_are_edited_while_it_is_measured_fails_and_is_repeated(measured, monkeypatch):
-    made_for = shard.fingerprints.cell
-    edits = []
-    monkeypatch.setattr(shard.fingerprints, "cell", lambda *a: made_for(*a) + "edited" * len(edits))
-    _, rows = measured(lambda cell: edits.append(cell) if cell.metric == "norm" else None)
-    assert rows["status"].to_dict() == {"trace": "ok", "norm": "failed"}
-    assert rows["value"].isna().to_dict() == {"trace": False, "norm": True}
-    assert "edited while" in rows.loc["norm", "reason"]
-    # Rows measured before the edit are measured again as well, since their sources have changed.
+@pytest.mark.parametrize(("during", "measured_then"), [("trace", ["trace"]), ("norm", ["trace", "norm"])])
+def test_an_edit_of_a_cells_sources_ends_the_shard_and_the_other_rows_are_kept(
+    measured, monkeypatch, during, measured_then
+):
+    """Of a cell that is not yet measured, and of one that is being measured."""
+    made_for, edited, calls = shard.fingerprints.cell, [], []
+
+    def now(config, cell):
+        return made_for(config, cell) + "edited" * (cell.metric in edited)
+
+    monkeypatch.setattr(shard.fingerprints, "cell", now)
+    with pytest.raises(shard.fingerprints.Edited, match=r"^fc_relu.*/norm/12: .* edited during the run; start the run"):
+        measured(lambda cell: calls.append(cell.metric) or (edited.append("norm") if cell.metric == during else None))
+    assert calls == measured_then
+    edited.clear()
+    calls, rows = measured(lambda cell: None)
+    assert calls == ["norm"] and (rows["status"] == "ok").all()
+
+
+def test_failed_cells_of_other_shards_are_left_to_these(measured, tmp_path):
+    measured(lambda cell: (Outcome("timeout", "slow"), {}))
+    own, other = (tmp_path / "shards" / f"shard-{number}.journal" for number in range(2))
+    with Journal(other) as kept:
+        kept.finish("a cell of that shard", "this", {"status": "failed", "reason": "no"})
+    measured.config = measured.config.model_copy(update={"retry": "failed"})
     calls, rows = measured(lambda cell: None)
     assert calls == ["trace", "norm"] and (rows["status"] == "ok").all()
+    assert ("a cell of that shard", "this") in rows_of([other, own])

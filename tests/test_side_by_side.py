@@ -149,7 +149,25 @@ def test_memory_is_that_of_a_later_call(monkeypatch, name):
     settings = studies.settings("side_by_side", {"threads": 1, "device": "cpu"})
     here, there = multiprocessing.Pipe(duplex=False)
     side_by_side._send_peak_memory(there, settings, name, SMALL, "norm")
-    assert done == ["call", "reset", "settle", "call"] and here.recv() is None
+    assert done == ["call", "settle", "reset", "call"] and here.recv() is None
+
+
+def test_memory_on_a_gpu_is_not_compared_if_it_is_not_that_of_a_later_call(monkeypatch):
+    """JAX cannot reset its peak, which includes the first call."""
+    monkeypatch.setattr(side_by_side, "_peak_memory", lambda _, name, *__: None if name.startswith("nt_") else 6)
+    monkeypatch.setattr(side_by_side, "_call", lambda *_, **__: lambda: 1.0)
+    (row,) = run({"problem": SMALL, "rivals": ["nt_jacobian_contraction"]}).to_dict("records")
+    assert row["status"] == "ok" and row["memory_bytes"] == 6
+    assert pd.isna(row["rival_memory_bytes"]) and pd.isna(row["memory_ratio"])
+    # The process with the rival, whose first call raised the peak to what it is.
+    monkeypatch.setattr(side_by_side.watchdog, "end_with_parent", lambda: None)
+    monkeypatch.setattr(timing, "use_threads", lambda threads: None)
+    monkeypatch.setattr(side_by_side.operators, "device_memory", lambda target: 100)
+    monkeypatch.setattr(side_by_side.operators, "reset_device_memory", lambda target: None)
+    here, there = multiprocessing.Pipe(duplex=False)
+    settings = studies.settings("side_by_side", {"threads": 1, "device": "cpu"})
+    side_by_side._send_peak_memory(there, settings, "nt_jacobian_contraction", SMALL, "norm")
+    assert here.recv() is None
 
 
 def kill_itself(there, *_):

@@ -30,12 +30,13 @@ from ntkbench.figures import novak_time as novak_time_figure
 from ntkbench.figures.plotting import base, curves, files, report, sources
 from ntkbench.measure import fingerprints
 from ntkbench.measure.config import Config
+from ntkbench.measure.settings import OPTIONAL
 from ntkbench.measure.timing import Timed
 from ntkbench.networks import classifiers, initialisation, residual
 from ntkbench.options import Target
 from ntkbench.problems.base import reference
 from ntkbench.studies import hazelden_trace, mohamadi_cost, mohamadi_quality
-from ntkbench.studies.base import descent, estimates, pntk, programs
+from ntkbench.studies.base import descent, estimates, pntk, programs, runner
 
 BLOCK = {"problems": ["digits_conv[N=4]"], "methods": ["direct"], "metrics": ["trace"]}
 PATCHLESS = {"transformers": [], "mixers": []}
@@ -66,12 +67,18 @@ def config(**changes):
     return Config.check({"profile": "test", "threads": 1, "grid": [BLOCK]} | changes, "test.yaml")
 
 
+def quick(name, **sizes):
+    """Settings of a study on one thread; with few seeds and calls if it uses them."""
+    uses = ("threads", *studies.REGISTRY.get(name).Settings.USES)
+    return studies.settings(name, {key: value for key, value in QUICK.items() if key in uses} | sizes)
+
+
 @pytest.fixture(scope="module")
 def tables():
     """Every study at a tiny size, as the command measures it but in this process."""
     made = {}
     for name, sizes in TINY.items():
-        settings = studies.settings(name, QUICK | sizes)
+        settings = quick(name, **sizes)
         made[name] = sys.modules[f"ntkbench.studies.{name}"].run(settings).assign(**PROVENANCE)
     return made
 
@@ -138,7 +145,7 @@ def in_blocks(monkeypatch, share, memory_mb, name="direct", metric="trace"):
     monkeypatch.setattr(operator, "basis", basis)
     monkeypatch.setattr(estimates, "timed", timed)
     monkeypatch.setattr(estimates, "_MEASURED", {})
-    settings = estimates.Settings(**QUICK, direct_share=share, limits={"block_mb": memory_mb})
+    settings = estimates.WithBaselines(**QUICK, direct_share=share, limits={"block_mb": memory_mb})
     return estimates.baseline(settings, estimates.Subject(["digits_conv[N=8]"]), metric, name), spans
 
 
@@ -198,7 +205,7 @@ def test_the_blogs_shared_probes_may_go_further_than_hutchpp(monkeypatch):
 
     asked = []
     monkeypatch.setattr(estimates, "stochastic", lambda *given: asked.append(given[2:]) or [])
-    hazelden_blog.run(hazelden_blog.Settings(**QUICK, samples=[2, 5], shared=[300]))
+    hazelden_blog.run(quick("hazelden_blog", samples=[2, 5], shared=[300]))
     assert asked == [
         ("trace", "hutchpp", [2, 5]),
         ("alignment", "shared_probe_alignment", [2, 5, 300]),
@@ -311,7 +318,7 @@ OF_CIFAR = {"data": "cifar10", "inits": 1, "trained": 1, "steps": [0, 2], "train
 
 def test_kernels_are_compared_on_cifar_too(cifar, tmp_path, monkeypatch):
     sizes = OF_CIFAR | {"widths": {"fc": [8], "conv": [2]}}
-    table = ok(mohamadi_quality.run(mohamadi_quality.Settings(**QUICK, **sizes)).assign(**PROVENANCE))
+    table = ok(mohamadi_quality.run(quick("mohamadi_quality", **sizes)).assign(**PROVENANCE))
     assert set(table["data"]) == {"cifar10"} and set(table["step"]) == {0, 2}
     parameters = table.groupby("family")["P"].first()
     assert parameters["fc"] == 3072 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10
@@ -330,7 +337,7 @@ def test_without_its_images_every_row_says_how_to_provide_them(cifar, monkeypatc
         raise Unavailable("CIFAR-10 not found")
 
     monkeypatch.setattr(type(images.CIFAR10), "read", gone)
-    table = mohamadi_quality.run(mohamadi_quality.Settings(**QUICK, **OF_CIFAR | {"widths": {"fc": [8]}}))
+    table = mohamadi_quality.run(quick("mohamadi_quality", **OF_CIFAR | {"widths": {"fc": [8]}}))
     assert set(table["status"]) == {"skipped"} and set(table["reason"]) == {"CIFAR-10 not found"} and len(table) == 12
 
 
@@ -420,7 +427,7 @@ def test_costs_of_resnets_are_given_or_have_a_reason(tables):
     table = ok(tables["mohamadi_cost"])
     assert set(table["N"]) == {2, 3} and set(table["method"]) == set(mohamadi_cost.METHODS)
     np.testing.assert_allclose(table["seconds_per_pair"] * table["pairs"], table["seconds"])
-    settings = mohamadi_cost.Settings(**QUICK, **TINY["mohamadi_cost"] | {"limits": {"gigaflop": 1e-4}})
+    settings = quick("mohamadi_cost", **TINY["mohamadi_cost"] | {"limits": {"gigaflop": 1e-4}})
     left = mohamadi_cost.run(settings)
     assert set(left["status"]) == {"skipped"} and left["reason"].str.contains("over limits.gigaflop").all()
 
@@ -428,7 +435,7 @@ def test_costs_of_resnets_are_given_or_have_a_reason(tables):
 @pytest.mark.slow
 def test_contracting_a_jacobian_that_does_not_fit_in_memory_is_left_out(monkeypatch):
     monkeypatch.setattr(mohamadi_cost, "METHODS", ("jacobian_contraction",))
-    settings = mohamadi_cost.Settings(**QUICK, **TINY["mohamadi_cost"] | {"limits": {"block_mb": 0.1}})
+    settings = quick("mohamadi_cost", **TINY["mohamadi_cost"] | {"limits": {"block_mb": 0.1}})
     left = mohamadi_cost.run(settings).set_index("method").loc["jacobian_contraction"]
     assert set(left["status"]) == {"skipped"} and left["reason"].str.contains("recomputed for every pair").all()
 
@@ -481,8 +488,8 @@ def test_programs_of_too_many_operations_are_rows_with_a_reason_and_their_memory
     monkeypatch.setattr(programs, "compiled", functools.cache(programs.compiled))
     sizes = TINY["novak_time"] | {"widths": [16], "depth": 2}
     sizes |= {"others": [{"inputs": 5, "depth": 1, "width": 3, "outputs": 2}]}
-    ran = novak_time.run(novak_time.Settings(**QUICK, **sizes | {"limits": {}}))
-    table = novak_time.run(novak_time.Settings(**QUICK, **sizes | {"limits": {"gigaflop": 1e-9}}))
+    ran = novak_time.run(quick("novak_time", **sizes | {"limits": {}}))
+    table = novak_time.run(quick("novak_time", **sizes | {"limits": {"gigaflop": 1e-9}}))
     assert set(table["status"]) == {"skipped"} and table["reason"].str.contains("over limits.gigaflop").all()
     assert table["budget_mb"].notna().all() and "seconds" not in table
     jax = table["method"] != "structured_derivatives"
@@ -577,7 +584,7 @@ def test_programs_that_would_take_too_long_are_skipped_with_a_reason(monkeypatch
     sizes = {"depths": [18], "wide_factors": [1], "outputs": [1, 10], "side": 32} | PATCHLESS
     # Multiplications of ResNet18 (width 64, 224 x 224) are 1.8e9 (He et al. 2016), and go as the side squared.
     limit = 3 * 2 * 1.8 * (32 / 224) ** 2 * 5
-    table = novak_images.run(novak_images.Settings(**QUICK, **sizes, limits={"gigaflop": limit}))
+    table = novak_images.run(quick("novak_images", **sizes, limits={"gigaflop": limit}))
     ends = table[(table["quantity"] == "seconds") & (table["network"] == "ResNet18")].groupby("O")
     assert {o: set(rows["status"]) for o, rows in ends} == {1: {"ok"}, 10: {"skipped"}}
     assert table.loc[table["status"] == "skipped", "reason"].str.contains("over limits.gigaflop").all()
@@ -588,10 +595,10 @@ def test_programs_that_would_take_too_long_are_skipped_with_a_reason(monkeypatch
 def test_memory_of_our_kernel_on_a_gpu_is_that_of_the_gpu(monkeypatch):
     """As for the programs that it is compared with."""
     network, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()), np.ones((2, 3), np.float32)
-    target, reset = Target(device="cpu"), []
+    target, reset, peaks = Target(device="cpu"), [], iter([3, 7])
     assert programs.timed_engine(network, x, target, 1)["memory_bytes"] >= 4 * (16 + 6)
     monkeypatch.setattr(operators, "reset_device_memory", reset.append)
-    monkeypatch.setattr(operators, "device_memory", lambda target: 7 if reset else None)
+    monkeypatch.setattr(operators, "device_memory", lambda target: next(peaks, 7))
     assert programs.timed_engine(network, x, target, 1)["memory_bytes"] == 7 and reset == [target]
 
 
@@ -669,9 +676,74 @@ def test_bad_sizes_are_named(given, said):
 
 
 def test_a_study_takes_the_configurations_keys_where_it_says_nothing():
-    made = config(seeds=7, dtype="float64", studies={"hazelden_blog": {"seeds": 9}, "novak_flops": {}})
-    assert (made.study("hazelden_blog").seeds, made.study("novak_flops").seeds) == (9, 7)
-    assert made.study("novak_flops").dtype == "float64"
+    made = config(seeds=7, dtype="float64", studies={"hazelden_blog": {"seeds": 9}, "solves": {}})
+    assert (made.study("hazelden_blog").seeds, made.study("solves").seeds) == (9, 7)
+    assert made.study("solves").dtype == "float64"
+
+
+READS = {
+    **dict.fromkeys(("device", "dtype", "limits.block_mb"), r"\.target\("),
+    "seeds": r"\b(settings|s)\.seeds\b",
+    "calls": r"\bsettings\.calls\b",
+    "limits.passes": r"\.check_passes\(",
+    "limits.gigaflop": r"\.check_operations\(",
+    "limits.patience_s": r"\blimits\.patience_s\b",
+    "limits.times_exact": r"\.times_exact\b",
+}
+"""How a study reads the settings that not every study uses."""
+
+
+@pytest.mark.parametrize("name", studies.names())
+def test_a_study_declares_the_settings_that_it_reads(name):
+    file = studies.REGISTRY.file(name)
+    imported = fingerprints.imports(f"ntkbench.studies.{name}", file)
+    shared = {each.split(".")[3] for each in imported if each.startswith("ntkbench.studies.base.")}
+    own = file.read_text()
+    texts = [own, *(module.read_text() for module in file.parent.glob("base/*.py") if module.stem in shared)]
+    uses = studies.REGISTRY.get(name).Settings.USES
+    assert set(READS) == set(OPTIONAL)
+    for setting, pattern in READS.items():
+        if setting in uses:
+            assert any(re.search(pattern, text) for text in texts), setting
+        elif setting != "dtype":  # some take the device and the memory of the target alone
+            assert not re.search(pattern, own), setting
+
+
+@pytest.mark.parametrize("name", studies.names())
+def test_every_setting_is_used_or_refused(name):
+    values = {"device": "cpu", "dtype": "float64", "seeds": 30, "calls": 30}
+    for setting in OPTIONAL:
+        outer, _, key = setting.rpartition(".")
+        value = values.get(setting, 3.0 if key != "passes" else 3)
+        given = {name: {outer: {key: value}} if outer else {key: value}}
+        if setting in studies.REGISTRY.get(name).Settings.USES:
+            chosen = config(studies=given).study(name)
+            assert getattr(chosen.limits if outer else chosen, key) == value
+        else:
+            with pytest.raises(BadInput, match=f"studies.{name}.*{setting} has no effect on this study"):
+                config(studies=given)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "float64") for name in ("effective_ranks", "mohamadi_quality", "mohamadi_drift")),
+        ("cross_sample_share", "float64"),
+        *((name, "float32") for name in ("novak_time", "novak_images", "novak_flops", "distillation")),
+    ],
+)
+def test_a_table_names_the_precision_of_its_study_whatever_that_of_the_run(name, dtype, tmp_path):
+    for given in ("float32", "float64"):
+        runner._write(config(dtype=given, studies={name: {}}), name, tmp_path / "table.csv", [{"status": "ok"}])
+        assert set(pd.read_csv(tmp_path / "table.csv")["dtype"]) == {dtype}
+
+
+@pytest.mark.parametrize("name", ["distillation", "novak_flops"])
+def test_studies_that_run_on_the_cpu_alone_do_not_name_a_gpu(name, monkeypatch):
+    monkeypatch.setattr(operators, "device_name", lambda target: "a GPU" if target.device == "auto" else target.device)
+    chosen = config(studies={name: {}, "training": {}})
+    assert runner._whence(chosen.study("training"))["device"] == "a GPU"
+    assert runner._whence(chosen.study(name))["device"] == "cpu"
 
 
 def test_a_studys_fingerprint_follows_its_settings():

@@ -27,7 +27,7 @@ LEFT_OUT = {"nt_jacobian_contraction", "nt_ntk_vector_products"}
 NAMES = [name for name in methods.names() if methods.get(name).kind != "stochastic" or name in SOME]
 NAMES = sorted({*NAMES} - LEFT_OUT)
 """Methods of all kinds, but few stochastic ones and one of neural-tangents: JAX compiles programs for each budget."""
-GIVEN = {"threads": 1, "device": "cpu", "seeds": 9, "looks": 5, "calls": 3}
+GIVEN = {"threads": 1, "device": "cpu", "seeds": 9, "looks": 8, "calls": 3}
 
 
 def run(*goals: dict, **changes: object) -> pd.DataFrame:
@@ -50,9 +50,9 @@ def test_every_method_and_backend_is_a_row_with_a_budget_or_a_reason(table):
     assert (done["seconds"] > 0).all() and (done["calls"] == 3).all()
     stochastic = done["kind"] == "stochastic"
     budgets = done[stochastic]
-    assert set(budgets["seeds"]) <= {9, 5} and set(done.loc[~stochastic, "seeds"]) == {1}
+    assert set(budgets["seeds"]) <= {9, 8} and set(done.loc[~stochastic, "seeds"]) == {1}
     assert (done.loc[~stochastic, "error"] <= 0.1).all() and (budgets["error"] <= 0.4).all()
-    assert (budgets["passes_spent"] <= budgets["passes"]).all() and (budgets["law_seeds"] >= 14).all()
+    assert (budgets["passes_spent"] <= budgets["passes"]).all() and (budgets["law_seeds"] >= 17).all()
     assert ((budgets["passes_low"] <= budgets["passes"]) & ~(budgets["passes_high"] < budgets["passes"])).all()
     left = table[table["status"] != "ok"]
     assert set(left["status"]) == {"skipped"} and left["reason"].str.len().all() and left["seconds"].isna().all()
@@ -70,9 +70,9 @@ def test_a_kernel_for_logits_is_not_scored_on_states(table):
 def test_other_backends_take_the_budget_of_the_first_and_its_band(table):
     both = table[(table["status"] == "ok") & (table["kind"] == "stochastic")].groupby("method")
     shared = [rows for _, rows in both if len(rows) == 2]
-    same = [rows for rows in shared if rows["passes"].nunique() == 1]
-    assert len(shared) >= 5 and len(same) >= 0.8 * len(shared), "a budget is contradicted by chance in 5 % of cases"
-    assert all(rows["passes_low"].nunique() == 1 and list(rows["seeds"]) == [9, 5] for rows in same)
+    taken = [rows for rows in shared if list(rows["seeds"]) == [9, 8]]
+    assert len(shared) >= 5 and len(taken) >= 0.8 * len(shared), "a budget is contradicted by chance in 5 % of cases"
+    assert all(rows[column].nunique() == 1 for rows in taken for column in ("passes", "passes_low"))
 
 
 @pytest.mark.slow
@@ -129,12 +129,77 @@ def test_ratios_are_of_the_same_round():
 
 def test_a_ratio_is_as_uncertain_as_both_budgets():
     rows = [a_row("hutchpp", low=50, high=200), a_row("ours", False, low=80, high=100)]
-    time_to_error._add_ratios(rows, [[1.0, 1.0], [0.5, 0.5]])
+    time_to_error._add_ratios(rows, [[1.0] * 3, [0.5] * 3])
     assert rows[1]["ratio_low"] == pytest.approx(0.5 * math.exp(-math.hypot(math.log(0.8), math.log(2))))
     assert rows[1]["ratio_high"] == pytest.approx(1.0)
     rows = [a_row("hutchpp", low=50, high=math.nan), a_row("ours", False, low=80, high=100)]
-    time_to_error._add_ratios(rows, [[1.0, 1.0], [0.5, 0.5]])
+    time_to_error._add_ratios(rows, [[1.0] * 3, [0.5] * 3])
     assert rows[1]["ratio_low"] is None and rows[1]["ratio_high"] == pytest.approx(1.0), "the rival's may be any larger"
+
+
+@pytest.mark.parametrize(("calls", "quantile"), [(3, 4.302653), (15, 2.144787)])
+def test_a_ratio_is_as_uncertain_as_its_calls_by_students_t(calls, quantile):
+    times = list(np.exp(np.linspace(-1, 1, calls)))
+    rows = [a_row("hutchpp"), a_row("ours", False)]
+    time_to_error._add_ratios(rows, [[1.0] * calls, times])
+    half = quantile * np.log(times).std(ddof=1) * math.sqrt(math.pi / 2 / calls)
+    assert (rows[1]["ratio_low"], rows[1]["ratio_high"]) == pytest.approx((math.exp(-half), math.exp(half)), rel=1e-5)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_the_interval_of_a_ratio_is_not_known_from_one_or_two_calls(calls):
+    rows = [a_row("hutchpp"), a_row("ours", False)]
+    time_to_error._add_ratios(rows, [[1.0] * calls, [0.5] * calls])
+    assert rows[1]["ratio"] == 0.5 and (rows[1]["ratio_low"], rows[1]["ratio_high"]) == (None, None)
+    assert (rows[0]["ratio_low"], rows[0]["ratio_high"]) == (1, 1), "of the rival to itself"
+
+
+@pytest.mark.parametrize("name", ["seeds", "looks"])
+def test_too_few_estimates_to_contradict_a_budget_are_refused(name):
+    goal = Goal(problem=LABEL, metric="trace", error=0.5)
+    entrant = Entrant(time_to_error.Settings(threads=1), goal, None, "hutchinson")
+    for count in (5, 6):
+        tried = Reruns(1.0, "float64")
+        tried.estimates = [Estimate(2.0, 0.1, 1, "hutchinson", (), "trace")] * count
+        assert entrant._is_too_small(tried) == (count == 6)
+    assert getattr(time_to_error.Settings.model_validate({name: 6, "threads": 1}), name) == 6
+    with pytest.raises(ValidationError, match="greater than or equal to 6"):
+        time_to_error.Settings.model_validate({name: 5, "threads": 1})
+
+
+def test_preparations_are_freed_after_each_search(monkeypatch):
+    """Each fits in memory alone. Those of the methods that reach the goal are made again for their turns."""
+    held, most, when = [0], {"search": 0, "in turn": 0}, ["search"]
+
+    class Held:
+        def __init__(self):
+            held[0] += 1
+            most[when[0]] = max(most[when[0]], held[0])
+
+        def __del__(self):
+            held[0] -= 1
+
+    def search(self):
+        self._prepared()
+        return {"passes": None}
+
+    def in_turn(case, turns, calls):
+        when[0] = "in turn"
+        for turn in turns:
+            turn.warm()
+        return [[] for _ in turns]
+
+    names = ["direct", "hutchinson", "structured_derivatives"]
+    for name in names:
+        monkeypatch.setattr(type(methods.get(name)), "prepare", lambda *_: Held())
+        monkeypatch.setattr(type(methods.get(name)), "estimate", lambda *_: None)
+        monkeypatch.setattr(type(methods.get(name)), "backends", ("torch",))
+    monkeypatch.setattr(methods, "names", lambda: names)
+    monkeypatch.setattr(Entrant, "search", search)
+    monkeypatch.setattr(base, "in_turn", in_turn)
+    goal = Goal(problem=LABEL, metric="trace", error=0.5)
+    rows = time_to_error._rows(time_to_error.Settings(threads=1), goal)
+    assert [row["status"] for row in rows] == ["ok"] * 3 and most == {"search": 1, "in turn": 3}
 
 
 class Fake:
@@ -157,7 +222,7 @@ class Fake:
         return Estimate(1 + drawn * self._c / passes**self._power, 0.1, passes, "hutchinson", (), "trace")
 
     def entrant(self, error, patience=1.0, known=None, **given):
-        settings = time_to_error.Settings(**{"seeds": 11, "looks": 5, "threads": 1} | given)
+        settings = time_to_error.Settings(**{"seeds": 11, "looks": 8, "threads": 1} | given)
         goal = Goal(problem=LABEL, metric="trace", error=error, patience_s=patience)
         truth = Truth(settings, goal)
         truth._found = base.Once(lambda: (1.0, 0.0))
@@ -228,7 +293,7 @@ def test_a_budget_that_another_backend_found_is_only_confirmed_if_it_is_enough(m
     band = {"passes_low": 150, "passes_high": 250, "law_seeds": 99}
     fake = Fake(monkeypatch, noise=True)
     found = fake.entrant(0.5, known=time_to_error.Known(200, band)).search()
-    assert set(fake.asked) == {200} and len(fake.asked) == 5 == found["seeds"]
+    assert set(fake.asked) == {200} and len(fake.asked) == 8 == found["seeds"]
     assert found["passes"] == 200 and {key: found[key] for key in band} == band
     fake = Fake(monkeypatch)  # here 40 passes have an error of five times the goal
     found = fake.entrant(0.5, seeds=21, looks=21, known=time_to_error.Known(40, band)).search()

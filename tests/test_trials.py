@@ -57,12 +57,28 @@ def test_errors_are_those_of_all_calls_and_calls_take_turns():
 
     ways = {"right": ("exact", giving("right", [2.0] * 3)), "rough": ("stochastic", giving("rough", [2.2, 1.6, 2.0]))}
     found = trials.run(ways, "trace", 2)
-    assert asked == [(name, seed) for seed in range(3) for name in ("right", "rough")]
+    untimed = [("right", 0), ("rough", 0), ("rough", 1), ("rough", 2)]  # an exact method takes no probes
+    assert asked == [*untimed, *((name, seed) for seed in (1, 2) for name in ("right", "rough"))]
     errors = {one.method: one.error for one in found}
     assert errors["right"] == 0 and errors["rough"] == pytest.approx(((0.1**2 + 0.2**2) / 3) ** 0.5)
     rows = list(csv.DictReader(io.StringIO(found.csv())))
     assert [row["metric"] for row in rows] == ["trace"] * 2 and {row["calls"] for row in rows} == {"2"}
     assert not any(one.error for one in trials.run({"rough": ways["rough"]}, "trace", 1)), "nothing to compare with"
+
+
+@pytest.mark.parametrize("kind", ["stochastic", ""])
+def test_programs_that_methods_share_are_traced_before_their_calls_are_timed(monkeypatch, kind):
+    """Each seed takes another number of probes, whose program takes ten times as long as a call to trace."""
+    clock, traced = [0.0], set()
+
+    def ask(seed):
+        clock[0] += 1 if seed in traced else 11
+        traced.add(seed)
+        return Estimate(2.0, 0.1, 4, "hutchinson", (), "trace")
+
+    monkeypatch.setattr(trials.time, "perf_counter", lambda: clock[0])
+    found = trials.run({"first": (kind, ask), "second": (kind, ask)}, "trace", 3)
+    assert [(one.seconds, one.calls) for one in found] == [(1, 3), (1, 3)]
 
 
 def test_stochastic_methods_have_one_budget_or_one_tolerance():

@@ -7,8 +7,10 @@ that list, so new cases are only added at the end. Cases that a commit does not 
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import inspect
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,10 +24,10 @@ LEFT_OUT = {"block_lanczos": "gives metrics of the eigenvalues only, which no fu
 """Methods without a case, and why."""
 
 SEEDS = 20
-"""Number of seeds for the median error of a random method; the others take one."""
+"""Number of seeds for the median error of a random case; the others take one."""
 
-ALONE = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
-"""Environment of a measuring process, before it imports a backend."""
+ROUNDING = 1e-5
+"""Relative difference of two values that may be rounding."""
 
 
 class Absent(NotImplementedError):
@@ -77,7 +79,7 @@ class Case:
 
         self._network, method, backend, function, *passes = label.split("/")
         self._metric = function
-        self.random = bool(passes)
+        self._takes_passes = bool(passes)
         network = networks.NETWORKS[self._network]()
         model, model_f, x = network
         keywords: dict[str, Any] = {"kernel" if function == "ntk" else "method": method}
@@ -102,6 +104,14 @@ class Case:
         by = getattr(first, "method", method)
         if method not in ("auto", by):
             raise Absent(f"{by} answers for {method}")
+
+    @functools.cached_property
+    def random(self) -> bool:
+        """Whether the value depends on the seed, as that of an estimate or of a kernel of random outputs."""
+        if self._takes_passes:
+            return True
+        first, second = (self._summary(np.asarray(self._number(self.call(seed)), np.float64)) for seed in range(2))
+        return not math.isclose(first, second, rel_tol=ROUNDING)
 
     def values(self, seeds: Sequence[int]) -> tuple[list[float], list[float]]:
         """The values of calls, one number each, and their errors relative to the exact value."""

@@ -10,16 +10,10 @@ import math
 import sys
 
 from ntkbench.errors import Unavailable
-from ntkbench.measure import execution, timing, watchdog
+from ntkbench.measure import execution, plan, timing, watchdog
 from ntkbench.measure.execution import Execution
-from ntkbench.measure.plan import Plan
 
-PLAN = Plan.current()
-
-if "run_server" in sys.argv:
-    # asv's fork server: modules imported here are imported once, not once per case.
-    watchdog.end_with_parent()
-    timing.import_early(with_jax=any(cell.backend == "jax" for cell in PLAN.cells))
+PLAN = plan.Plan.current()
 
 
 class _Case:
@@ -76,3 +70,10 @@ class Seconds(_Case):
     def time_estimate(self, label: str) -> None:
         with self.execution.recorded():
             self.execution.estimate()
+
+
+if "run_server" in sys.argv:
+    # asv's fork server: modules imported here are imported once, not once per case.
+    watchdog.end_with_parent()
+    timing.import_early(with_jax=any(cell.backend == "jax" for cell in PLAN.cells))
+    print(plan.IMPORTED, flush=True)

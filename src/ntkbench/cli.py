@@ -327,7 +327,7 @@ def _warn(config: Config, cells: Sequence[Cell]) -> None:
     """Warn of a long grid and of cells over the limits, as far as is known without running it."""
     from ntkbench.measure import glance
 
-    with _one_line():
+    with _one_line(), suppress(errors.Unavailable):  # the device is not here
         for line in glance.warnings(config, cells) if config.source == "measured" else ():
             click.echo(line)
 
@@ -347,17 +347,18 @@ def run(config_file: Path, cores: str, more: tuple[str, ...]) -> None:
     """Run a study: check its configuration, measure, draw its figures into results/<profile>.
 
     CONFIG_FILE is the YAML file of the run. The same as `snakemake --cores all --configfile CONFIG_FILE`;
-    SNAKEMAKE OPTIONS after the file go to Snakemake.
+    SNAKEMAKE OPTIONS after the file go to Snakemake. If --config is among them, only the run checks the values.
     """
     with _one_line():
         errors.need("snakemake", "ntkbench run", "'.[pipeline]' (in ntkbench's checkout)")
         root = paths.checkout("ntkbench run")
-        config = Config.of_run([config_file])
         if any(option.startswith("--configfile") for option in more):
             raise errors.BadInput("ntkbench run takes one configuration, before Snakemake's options")
-    from ntkbench.measure import cells
+        if not any(option in ("-C", "--config") or option.startswith("--config=") for option in more):
+            from ntkbench.measure import cells
 
-    _warn(config, cells.cells(config))
+            config = Config.of_run([config_file], here=False)  # with a profile of Snakemake, other machines measure
+            _warn(config, cells.cells(config))
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--cores", cores, *more]
     # Snakemake replaces this process, so that it receives interrupts.
     os.execv(sys.executable, [*command, "--configfile", str(config_file)])

@@ -12,6 +12,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,8 @@ FOLDERS = ("methods", "problems", "studies", "figures", "rules")
 """Folders with the plug-ins of each kind."""
 MOST_FILES = 1000
 """Maximum number of Python files in a folder of plug-ins; a folder with more also holds other code."""
+INSTALLED = {"site-packages", "dist-packages"}
+"""Names of folders with installed packages, of the user or of the system."""
 
 
 def folders(name: str) -> list[str]:
@@ -95,6 +98,51 @@ def entry_points() -> tuple[list[Path], list[tuple[str, str]]]:
         else:
             found += [Path(folder).resolve() for folder in spec.submodule_search_locations]
     return found, wrong
+
+
+def is_local(path: Path) -> bool:
+    """Whether a file or folder belongs neither to ntkbench, nor to Python, nor to an installed package."""
+    path = path.resolve()
+    if INSTALLED & set(path.parts):
+        return False
+    places = sysconfig.get_paths()
+    others = [Path(__file__).parent, *(Path(places[kind]) for kind in ("stdlib", "purelib", "platlib"))]
+    return not any(path.is_relative_to(folder.resolve()) for folder in others)
+
+
+def local_file(module: str) -> Path | None:
+    """The file of a module that is neither installed nor a part of ntkbench or Python; ``None`` for others.
+
+    It is looked for where Python would look, and no module is imported.
+    """
+    top, *below = module.split(".")
+    own, folders = _local(top)
+    if not below:
+        return own
+    paths = [folder.joinpath(*below) for folder in folders]
+    files = [file for path in paths for file in (path / "__init__.py", path.with_name(f"{path.name}.py"))]
+    return next((file for file in files if file.is_file()), None)
+
+
+@functools.cache
+def _local(top: str) -> tuple[Path | None, list[Path]]:
+    """The file of a module without dots and the folders with its submodules, if it is local."""
+    spec = None
+    with contextlib.suppress(ImportError, ValueError, AttributeError):
+        spec = importlib.util.find_spec(top)
+    if spec is None:
+        return None, []
+    own = Path(spec.origin) if spec.origin and Path(spec.origin).is_file() else None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    places = [*([own] if own else []), *folders]
+    if not all(map(is_local, places)) or any(_holds_packages(place.parent) for place in folders or places):
+        return None, []
+    return own, folders
+
+
+def _holds_packages(folder: Path) -> bool:
+    """Whether packages were installed into a folder, as with ``pip install --target``."""
+    return any(folder.glob("*.dist-info"))
 
 
 def _named(further: Sequence[str]) -> list[Path]:

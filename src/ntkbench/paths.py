@@ -24,6 +24,9 @@ REFERENCE = ROOT / "results" / "reference"
 PUBLISHED = REFERENCE / "published"
 """Values read off the papers' figures, with source and accuracy."""
 
+VARIABLE = "NTKBENCH_CACHE"
+"""The environment variable that names the folder of :func:`cache`."""
+
 
 def checkout(what: str) -> Path:
     """The checkout.
@@ -43,10 +46,11 @@ def checkout(what: str) -> Path:
 def cache() -> Path:
     """Folder for files that can be recreated: ``$NTKBENCH_CACHE``, else ``results/cache`` in the checkout.
 
-    Without a checkout it is ``ntkbench`` in the user's cache folder, such as ``~/.cache`` or ``~/Library/Caches``.
+    Without a checkout it is ``ntkbench`` in the user's cache folder, such as ``~/.cache`` or ``~/Library/Caches``. The
+    path is absolute, so that processes in other folders can be given it.
     """
-    if given := os.environ.get("NTKBENCH_CACHE"):
-        return Path(given)
+    if given := os.environ.get(VARIABLE):
+        return Path(given).absolute()
     return ROOT / "results" / "cache" if IN_CHECKOUT else platformdirs.user_cache_path("ntkbench", appauthor=False)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ntkbench import figures, paths, studies
-from ntkbench.measure import cells, fingerprints, timings
+from ntkbench.data.files import DataFile
+from ntkbench.measure import cells, fingerprints, outcomes, timings
 from ntkbench.measure.config import Config
 from ntkbench.measure.limits import Limits
 
@@ -91,6 +92,21 @@ class Run:
         steps |= {f"study-{study}": f"studies/{study}.csv" for study in self.config.studies}
         left = [step for step, output in steps.items() if not (self.results / output).exists()]
         return timings.expected(self.results, self.config.profile, left)
+
+    def may_change(self, *, study: str | None = None, number: int | str | None = None) -> bool:
+        """Whether another attempt may change what a step wrote: a row or a problem failed, or data were missing.
+
+        Args:
+            study, number: the step, as in :meth:`needs`.
+        """
+        data: set[DataFile] = set()
+        if study:
+            output, data = f"studies/{study}.csv", fingerprints.study_data(self.config, study)
+        elif number is not None:
+            output = f"shards/shard-{number}.csv"
+        else:
+            output, data = "problems.json", data.union(*map(fingerprints.data_files, self.problems))
+        return any(file.here() is None for file in data) or outcomes.may_change(self.results / output)
 
     def needs(self, *, study: str | None = None, number: int | str | None = None) -> Needs:
         """Resources of a step by the configuration's limits: a study, a shard of the grid, or the grid's problems.

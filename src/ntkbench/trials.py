@@ -137,28 +137,35 @@ def chosen(names: Iterable[str]) -> list[str]:
 def run(entries: dict[str, Entry], metric: str, calls: int) -> Trials:
     """Measure methods in turn, call by call, so that a temporary slowdown of the machine affects all of them.
 
+    The number of probes may depend on the seed, and the program for a new number is traced at its first call. Methods
+    share such programs, so that the first one in a round would trace for all. Each seed therefore has a round that is
+    not timed, except with methods that take no probes.
+
     Args:
         entries: entries by the names of methods.
         metric: the metric that they estimate.
         calls: timed calls of each method, with seeds 1, 2, ...; a first call, with seed 0, prepares the method.
     """
-    found: dict[str, list[Estimate]] = {name: [] for name in entries}
+    found: dict[str, dict[int, Estimate]] = {name: {} for name in entries}
     times: dict[str, list[float]] = {name: [] for name in entries}
     refused: dict[str, Trial] = {}
-    for seed, (name, (kind, ask)) in itertools.product(range(calls + 1), entries.items()):
-        if name in refused:
+    rounds = [*((seed, False) for seed in range(calls + 1)), *((seed, True) for seed in range(1, calls + 1))]
+    for (seed, is_timed), (name, (kind, ask)) in itertools.product(rounds, entries.items()):
+        if name in refused or (seed and not is_timed and kind not in ("", "stochastic")):
             continue
         start = time.perf_counter()
         try:
-            found[name].append(ask(seed))
+            found[name][seed] = ask(seed)
         except Exception as error:  # a method that fails does not stop the others
             refused[name] = Trial(name, kind=kind, reason=reason(error))
             continue
-        times[name].append(time.perf_counter() - start)
+        if is_timed:
+            times[name].append(time.perf_counter() - start)
     measured = [name for name in entries if name not in refused]
-    kinds = {name: entries[name][0] or _kind(found[name][0]) for name in measured}
-    exact = next((found[name][0].value for name in measured if kinds[name] == "exact"), None)
-    trials = (_trial(name, kinds[name], found[name], times[name][1:], exact) for name in measured)
+    made = {name: list(found[name].values()) for name in measured}
+    kinds = {name: entries[name][0] or _kind(made[name][0]) for name in measured}
+    exact = next((made[name][0].value for name in measured if kinds[name] == "exact"), None)
+    trials = (_trial(name, kinds[name], made[name], times[name], exact) for name in measured)
     return Trials([*trials, *refused.values()], metric)
 
 

@@ -251,11 +251,11 @@ class Config(Settings):
 
     def study(self, name: str) -> Settings:
         """The settings of a study: its own, and this configuration's where it gives none."""
-        own = dict(self.studies[name])
-        common = {key: getattr(self, key) for key in Settings.model_fields}
+        model, own = _settings_of(name), dict(self.studies[name])
+        common = model.inherited(self)
         if isinstance(given := own.get("limits"), dict):
-            own["limits"] = self.limits.model_dump() | given
-        return _settings_of(name).model_validate(common | own, context={"here": self._here})
+            own["limits"] = common["limits"] | given
+        return model.model_validate(common | own, context={"here": self._here})
 
 
 def is_whole(files: Sequence[Path], overrides: Mapping[str, Any] | None = None) -> bool:

@@ -120,9 +120,10 @@ class Engine:
             self._server = asv.runner.get_spawner(self._environment, str(SUITE), "forkserver")
             imported, output = self._server.preimport()
             self._write("import of the suite", output)
-            if not imported:
+            if not imported or plan.IMPORTED not in output:  # asv ignores an exception of the suite, and prints it
                 self.close()
-                raise NtkbenchError(f"the asv suite cannot be imported, see {self._log}: {outcomes.one_line(output)}")
+                last = outcomes.one_line(output.strip().rpartition("\n")[2])
+                raise NtkbenchError(f"the asv suite cannot be imported, see {self._log}: {last}")
         return self._server
 
     def _write(self, what: str, output: str) -> None:
@@ -152,8 +153,9 @@ class _Environment:
             "ASV_PYTHONPATH": folders,
             "PYTHONPATH": folders,
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            paths.VARIABLE: str(paths.cache()),  # cases run in folders of their own
         }
-        if data := files.folder():  # cases run in folders of their own
+        if data := files.folder():
             self.env_vars[files.VARIABLE] = str(data)
         if named := os.environ.get(outside.VARIABLE):
             self.env_vars[outside.VARIABLE] = named

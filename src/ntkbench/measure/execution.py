@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ntkbench import methods, operators, paths, problems
+from ntkbench import methods, paths, problems
 from ntkbench.errors import NtkbenchError, Unavailable
 from ntkbench.estimate import Estimate
 from ntkbench.measure import cells, outcomes, seeds, timing
@@ -105,13 +105,11 @@ class Execution:
         self._keep(baseline_bytes=timing.settle_memory())
 
     def call_for_peak(self) -> None:
-        """The call whose peak is measured; on a GPU, records the allocator's peak."""
+        """The call whose peak is measured; on a GPU, records the allocator's peak, if it is known for this call."""
         with self.recorded():
             target = self._config.target(self._cell.backend)
-            operators.reset_device_memory(target)
             start = time.perf_counter()
-            self.estimate()
-            gpu = operators.device_memory(target)
+            gpu = timing.device_peak_bytes(self.estimate, target)
             self._keep(memory_seconds=time.perf_counter() - start, gpu_peak_bytes=gpu)
 
     @contextlib.contextmanager

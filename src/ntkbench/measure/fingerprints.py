@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ntkbench import methods, outside, paths, problems, registry
+from ntkbench.data.files import DataFile
+from ntkbench.errors import NtkbenchError
+from ntkbench.measure import provenance
 from ntkbench.measure.cells import Cell
 from ntkbench.measure.config import Config
 from ntkbench.measure.provenance import packages
@@ -49,8 +52,21 @@ DECLARES_RECURRENCE = f"{RECURRENT}.cells"
 """Every module that declares a recurrence imports this one, and needs the operators in ``RECURRENT``."""
 
 
+class Edited(NtkbenchError):
+    """A file that a measurement depends on was edited during the run; what is measured is then of no version.
+
+    Args:
+        what: what is measured.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: a file that it depends on was edited during the run; start the run again")
+
+
 def cell(config: Config, cell: Cell) -> str:
     """Fingerprint of a cell's row: its method, its problem, its backend, the measuring core, settings and packages.
+
+    If this machine measures, its devices count too.
 
     Raises:
         Unavailable: ntkbench is not in a checkout, which holds the suite that measures cells.
@@ -61,7 +77,10 @@ def cell(config: Config, cell: Cell) -> str:
     settings = config.model_dump(mode="json", include={"device", "dtype", "threads"})
     applied = LIMITS_OF_CELLS | (LIMITS_OF_FORECASTS if config.limits.times_exact else set())
     limits = config.limits.model_dump(mode="json", include=applied)
-    return _hash(files, asdict(cell), settings, limits, packages())
+    # With the device ``auto`` it depends on PyTorch's device whether a cell of another backend is measured.
+    backends = ["torch", cell.backend] if config._here else []
+    devices = [provenance.device(backend, config.device) for backend in backends]
+    return _hash(files, asdict(cell), settings, limits, packages(), devices)
 
 
 def cell_roots(cell: Cell) -> list[str]:
@@ -81,15 +100,31 @@ def problem(label: str) -> str:
 
 
 def study(config: Config, name: str) -> str:
-    """Fingerprint of a study's table: its file, the plug-ins that it names, their data, its settings and packages."""
+    """Fingerprint of a study's table: its file, the plug-ins that it names, their data, its settings and packages.
+
+    A study without seconds runs on one thread, whatever its settings say.
+    """
     settings = config.study(name).model_dump(mode="json")
+    del settings["limits"]["problem_s"]  # of preparations, which are in no row
+    if getattr(registry.of("study").get(name), "TIMED", True) is False:
+        del settings["threads"]
     files = sources(*study_roots(name, settings), backend="torch") | {PACKAGE / file for file in AROUND["study"]}
-    known = problems.REGISTRY.found()
-    words = set(_strings(settings))
-    labels = {text for text in words if text.partition("[")[0] in known}
+    files |= {here for file in study_data(config, name) if (here := file.here())}
+    return _hash(files.union(*map(_data_of_problem, _labels(settings))), name, settings, packages())
+
+
+def study_data(config: Config, name: str) -> set[DataFile]:
+    """Data files that a study and the problems in its settings declare."""
+    settings = config.study(name).model_dump(mode="json")
     own = getattr(registry.of("study").get(name), "DATA", {})
-    files |= {here for word in words & set(own) for file in own[word] if (here := file.here())}
-    return _hash(files.union(*map(_data_of_problem, labels)), name, settings, packages())
+    files = {file for word in set(_strings(settings)) & set(own) for file in own[word]}
+    return files.union(*map(data_files, _labels(settings)))
+
+
+def _labels(settings: Mapping[str, Any]) -> set[str]:
+    """The problems in a study's settings."""
+    known = problems.REGISTRY.found()
+    return {text for text in _strings(settings) if text.partition("[")[0] in known}
 
 
 def study_roots(name: str, settings: Mapping[str, Any]) -> list[str]:
@@ -152,7 +187,9 @@ def combined(fingerprints: Iterable[str]) -> str:
 
 
 def sources(*roots: str, backend: str | None = None) -> set[Path]:
-    """Files of this package, and of plug-ins outside of it, that the roots import, the files of the roots included.
+    """Files that the roots import, and their own: of this package, of plug-ins outside of it, and of local modules.
+
+    Local modules are those of :func:`ntkbench.outside.local_file`.
 
     Args:
         roots: names of modules.
@@ -163,7 +200,7 @@ def sources(*roots: str, backend: str | None = None) -> set[Path]:
         roots += tuple(f"{RULES}.{file.stem}" for file in registry.files(RULES))
         reached = _reached(roots)
     beside: list[Path] = []
-    if any(not file.is_relative_to(PACKAGE) for file in reached.values()):
+    if any(module.startswith("ntkbench.") and not file.is_relative_to(PACKAGE) for module, file in reached.items()):
         # A plug-in outside of the package may import any file of its folder.
         beside = outside.files()
         roots += tuple(name for file in beside for name in imports("", file))
@@ -180,23 +217,28 @@ def _data_of_problem(label: str) -> set[Path]:
     """Committed weights and exact values, and data files."""
     name = parse_label(label)[0]
     files = (weights.committed_file(name), reference.file_of(label, paths.REFERENCE))
-    return {file for file in files if file.exists()} | _data_files(name)
+    here = {found for file in data_files(label) if (found := file.here())}
+    return here.union(file for file in files if file.exists())
 
 
-def _data_files(name: str) -> set[Path]:
-    """Data files that a problem declares, as far as they exist on this machine."""
+def data_files(label: str) -> tuple[DataFile, ...]:
+    """Data files that a problem declares."""
     try:
-        declared = getattr(problems.get(name), "data", ())
+        return tuple(getattr(problems.get(parse_label(label)[0]), "data", ()))
     except BrokenPlugin:  # reported where the problem is loaded
-        return set()
-    return {found for file in declared if (found := file.here())}
+        return ()
 
 
 def _hash(files: Iterable[Path], *settings: object) -> str:
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, file in sorted((_name(file), file) for file in files):
-        digest.update(f"{name} {_digest(file, *_stamp(file))}".encode())
+        digest.update(f"{name} {of_file(file)}".encode())
     return digest.hexdigest()[:16]
+
+
+def of_file(file: Path) -> str:
+    """Hash of a file's content."""
+    return _digest(file, *_stamp(file))
 
 
 def _name(file: Path) -> str:
@@ -217,7 +259,7 @@ def _digest(file: Path, modified: int, size: int) -> str:
 
 
 def _reached(roots: Iterable[str]) -> dict[str, Path]:
-    """The roots and the modules of this package that they import, directly or indirectly, with their files."""
+    """The roots and the modules that they import, directly or indirectly, with their files, except installed ones."""
     reached: dict[str, Path] = {}
     seen, new = {""}, set(roots)
     while new:
@@ -230,7 +272,9 @@ def _reached(roots: Iterable[str]) -> dict[str, Path]:
 
 
 def _file(module: str) -> Path | None:
-    """The file of a module of this package, or of a plug-in outside of it; ``None`` where there is no such module."""
+    """The file of a module of this package, of a plug-in outside of it, or of a local module; ``None`` for others."""
+    if module.partition(".")[0] != "ntkbench":
+        return outside.local_file(module)
     path = PACKAGE.joinpath(*module.split(".")[1:])
     for file in (path / "__init__.py", path.with_name(f"{path.name}.py")):
         if file.is_file():
@@ -244,7 +288,7 @@ def _file(module: str) -> Path | None:
 
 
 def imports(module: str, file: Path) -> frozenset[str]:
-    """Names of this package (modules and their members) that a file imports, except those for type checkers only."""
+    """Names (modules and their members) that a file imports, except those for type checkers only."""
     return _imports(module, file, *_stamp(file))
 
 
@@ -260,11 +304,12 @@ def _imports(module: str, file: Path, modified: int, size: int) -> frozenset[str
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         else:
-            if node.level and not package:  # within a folder of plug-ins, where every file counts
+            if node.level > (package.count(".") + 1 if package else 0):
+                # Within a folder of plug-ins every file counts.
                 continue
             base = resolve_name("." * node.level + (node.module or ""), package)
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return frozenset(name for name in found if name.split(".")[0] == "ntkbench")
+    return frozenset(found)
 
 
 def _imported(statements: Iterable[ast.AST]) -> Iterator[ast.Import | ast.ImportFrom]:

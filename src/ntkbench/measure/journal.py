@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,15 @@ class Journal:
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             self._file.write("\n")
 
-    def drop(self, statuses: Sequence[str]) -> None:
-        """Forget the rows that ended with one of these statuses, so that they are measured again."""
+    def drop(self, statuses: Sequence[str], keys: Collection[str] | None = None) -> None:
+        """Forget the rows that ended with one of these statuses, so that they are measured again.
+
+        Args:
+            statuses: the statuses.
+            keys: only rows of these keys; those of others may belong to another process.
+        """
         for (key, made_for), row in list(self._rows.items()):
-            if row["status"] in statuses:
+            if row["status"] in statuses and (keys is None or key in keys):
                 del self._rows[key, made_for]
                 self._write({"key": key, "made_for": made_for, "row": None})
 
@@ -95,7 +101,7 @@ class Journal:
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         try:
-            text = json.dumps(entry, default=plain)
+            text = json.dumps({**entry, "time": time.time()}, default=plain)
             self._file.write(f"{_checksum(text)} {text}\n")
             self._file.flush()
         except OSError as error:
@@ -188,15 +194,20 @@ def begun(file: Path) -> str | None:
 
 
 def rows_of(files: Iterable[Path]) -> dict[tuple[str, str], Row]:
-    """The rows in some journals by key and fingerprint; the last one if a row was made several times."""
+    """The rows in some journals by key and fingerprint; the latest one if a row was made or dropped several times."""
     found: dict[tuple[str, str], Row] = {}
+    entries: list[tuple[float, dict[str, Any]]] = []
     for file in files:
+        when = 0.0
         for entry in _entries(file):
-            known = entry["key"], entry["made_for"]
-            if entry.get("row"):
-                found[known] = entry["row"]
-            elif "row" in entry:  # it was dropped
-                found.pop(known, None)
+            when = max(when, entry.get("time", 0.0))  # a file keeps its order, even if the clock was set back
+            entries.append((when, entry))
+    for _, entry in sorted(entries, key=lambda dated: dated[0]):
+        known = entry["key"], entry["made_for"]
+        if entry.get("row"):
+            found[known] = entry["row"]
+        elif "row" in entry:  # it was dropped
+            found.pop(known, None)
     return found
 
 

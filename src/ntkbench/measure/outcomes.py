@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
+from pathlib import Path
 from typing import NamedTuple
 
 from ntkbench.errors import OverMemory, Unavailable, one_line, summary
@@ -30,6 +32,23 @@ class Outcome(NamedTuple):
 
 
 EDITED = Outcome(FAILED, "a file that this depends on was edited while it was measured")
+
+
+def may_change(file: Path) -> bool:
+    """Whether a table in CSV, or the facts of problems in JSON, has a row that another attempt may change.
+
+    False if the file cannot be read.
+    """
+    import pandas as pd
+
+    try:
+        if file.suffix == ".json":
+            statuses = {row["status"] for row in json.loads(file.read_text(encoding="utf-8")).values()}
+        else:
+            statuses = set(pd.read_csv(file, usecols=["status"], encoding="utf-8")["status"])
+    except (AttributeError, KeyError, OSError, TypeError, ValueError):
+        return False
+    return not statuses.isdisjoint(PASSING)
 
 
 def of_exception(error: BaseException) -> Outcome:

@@ -13,6 +13,8 @@ from ntkbench.measure.config import Config
 from ntkbench.measure.limits import Limits
 
 VARIABLE = "NTKBENCH_PLAN"
+IMPORTED = "the suite is imported"
+"""What the suite prints at its end in asv's fork server, whose answer does not say whether the import failed."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ntkbench.errors import NtkbenchError
 from ntkbench.measure import journal
 
 FOLDER = "progress"
@@ -51,7 +52,7 @@ class Progress:
 
     def _write(self, what: str, end: float | None) -> None:
         said = {"what": what, "done": self._done, "total": self._total, "start": self._start, "end": end}
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(NtkbenchError):  # a measurement does not need its progress shown
             journal.write(self._file, said | {"measured": self.measured})
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +21,15 @@ if TYPE_CHECKING:
 
 PACKAGES = (
     *("torch", "jax", "jaxlib", "neural-tangents", "numpy", "scipy"),
+    *("jax-cuda12-plugin", "jax-cuda13-plugin"),  # with which JAX uses a GPU
     *("scikit-learn", "curvlinops-for-pytorch", "matfree"),  # data, and methods that are compared
 )
+DEVICE = """import sys
+from ntkbench import operators
+from ntkbench.options import Target
+print(operators.device_name(Target(sys.argv[1], device=sys.argv[2])))
+"""
+"""Program that prints the name of the device of a backend, for a setting."""
 CODE = ("src", "benchmarks", "results/reference/exact", "results/reference/weights")
 """Folders of the checkout whose files change what is measured: code, exact values and trained weights."""
 
@@ -67,6 +77,26 @@ def provenance() -> Provenance:
 def packages() -> tuple[str, ...]:
     """The packages that compute, each with its version."""
     return tuple(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
+
+
+@functools.cache
+def device(backend: str, asked: str) -> str | None:
+    """Name of the device that a setting means for a backend on this machine; ``None`` if the backend has none there.
+
+    Where there may be a GPU, another process finds it: one that has started a GPU cannot be forked.
+
+    Args:
+        backend: name of the backend.
+        asked: auto, cpu or cuda.
+    """
+    import torch
+
+    if asked == "cpu" or not (torch.cuda.is_available() or importlib.util.find_spec("jax_plugins")):
+        return None if asked == "cuda" else "cpu"
+    command = [sys.executable, "-c", DEVICE, backend, asked]
+    environment = os.environ | {"PYTHONPATH": paths.python_path(), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return done.stdout.strip().rpartition("\n")[2] if done.returncode == 0 else None
 
 
 def several_machines(table: pd.DataFrame) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
@@ -12,6 +13,14 @@ from ntkbench.errors import BadInput, Unavailable
 from ntkbench.measure.limits import Limits
 from ntkbench.measure.schema import Strict
 from ntkbench.options import Target
+
+OF_TARGET = ("device", "dtype", "limits.block_mb")
+"""Settings that determine :meth:`Settings.target`."""
+OPTIONAL = (
+    *OF_TARGET,
+    *("seeds", "calls", "limits.passes", "limits.gigaflop", "limits.patience_s", "limits.times_exact"),
+)
+"""Settings that not every study uses. The others have an effect on every study."""
 
 
 class Settings(Strict):
@@ -28,12 +37,24 @@ class Settings(Strict):
         calls: number of timed calls, after a first one that is timed separately.
     """
 
+    USES: ClassVar[tuple[str, ...]] = OPTIONAL
+    """The settings among :data:`OPTIONAL` that have an effect. The others keep their defaults, and are not accepted."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "float64"] = "float32"
     threads: PositiveInt = Field(default=2, validate_default=True)
     limits: Limits = Limits()
     seeds: PositiveInt = 20
     calls: PositiveInt = 5
+
+    @field_validator("device", "dtype", "limits", "seeds", "calls", mode="before")
+    @classmethod
+    def _has_an_effect(cls, given: Any, info: ValidationInfo) -> Any:
+        inside: Iterable[str] = given if isinstance(given, dict) else getattr(given, "model_fields_set", ())
+        for setting in (info.field_name, *(f"{info.field_name}.{name}" for name in inside)):
+            if setting in OPTIONAL and setting not in cls.USES:
+                raise BadInput(f"{setting} has no effect on this study")
+        return given
 
     @field_validator("threads")
     @classmethod
@@ -53,6 +74,15 @@ class Settings(Strict):
             except Unavailable as error:
                 raise BadInput(str(error)) from None
         return device
+
+    @classmethod
+    def inherited(cls, common: Settings) -> dict[str, Any]:
+        """The settings of a configuration that have an effect here."""
+        made = common.model_dump(include=set(Settings.model_fields))
+        for setting in set(OPTIONAL) - set(cls.USES):
+            outer, _, name = setting.rpartition(".")
+            del (made[outer] if outer else made)[name]
+        return made
 
     def target(self, backend: str = "torch", dtype: str | None = None) -> Target:
         """Where these settings run a backend.

@@ -43,7 +43,7 @@ def measure(config: Config, number: int, problems: Path, output: Path, log: Path
     """Measure a shard's cells and write their rows to ``output``.
 
     Finished rows are kept in a journal, so that an interrupted shard resumes at the cell where it stopped. Rows of
-    unchanged cells are not measured again.
+    unchanged cells are not measured again. An edit of what a cell depends on ends the shard.
 
     Args:
         config: the settings.
@@ -51,6 +51,9 @@ def measure(config: Config, number: int, problems: Path, output: Path, log: Path
         problems: facts of the problems, see :mod:`ntkbench.measure.facts`.
         output: the shard's table.
         log: file for the output of asv and the cases.
+
+    Raises:
+        Edited: a file that a cell depends on was edited since the start; its row is not kept.
     """
     shard = of_shard(config, number)
     known = facts.read(config, sorted({cell.problem for cell in cells(config)}), problems)
@@ -59,7 +62,7 @@ def measure(config: Config, number: int, problems: Path, output: Path, log: Path
     others = [file for file in output.parent.glob("*.journal") if file != output.with_suffix(".journal")]
     with watchdog.step() as mark, Journal(output.with_suffix(".journal"), others) as kept:
         if config.retry == "failed":
-            kept.drop(outcomes.PASSING)
+            kept.drop(outcomes.PASSING, {cell.label for cell in shard})
         made_for = {cell: fingerprints.cell(config, cell) for cell in shard}
         done = {cell: _known(cell, config, known, kept, made_for[cell]) for cell in shard}
         pending = [cell for cell in shard if done[cell] is None]
@@ -84,11 +87,11 @@ def measure(config: Config, number: int, problems: Path, output: Path, log: Path
             ):
                 for index, cell in enumerate(pending):
                     progress.begin(cell.label, expected[cell])
+                    _check_sources(config, cell, made_for[cell])
                     kept.begin(cell.label, made_for[cell])
                     start = time.perf_counter()
                     outcome, measured = _measure(asv, cell, index, work)
-                    if fingerprints.cell(config, cell) != made_for[cell]:
-                        outcome, measured = outcomes.EDITED, {}
+                    _check_sources(config, cell, made_for[cell])
                     measured["wall_seconds"] = time.perf_counter() - start
                     progress.measured += measured.get("measured_seconds") or 0.0
                     row = rows.row(cell, config, made_for[cell], outcome, known[cell.problem], measured)
@@ -98,6 +101,11 @@ def measure(config: Config, number: int, problems: Path, output: Path, log: Path
             shutil.rmtree(work, ignore_errors=True)
     table = rows.frame(row for row in done.values() if row)
     paths.write_atomically(output, table.to_csv(index=False, lineterminator="\n"))
+
+
+def _check_sources(config: Config, cell: Cell, made_for: str) -> None:
+    if fingerprints.cell(config, cell) != made_for:
+        raise fingerprints.Edited(cell.label)
 
 
 def pending(config: Config, results: Path) -> list[Cell]:
@@ -116,11 +124,10 @@ def discard_damaged(config: Config, results: Path) -> list[Path]:
     Returns:
         the removed files.
     """
-    journals = list((results / "shards").glob("*.journal"))
+    known = journal.rows_of((results / "shards").glob("*.journal"))
     damaged = []
     for number in range(config.shards):
         file = results / "shards" / f"shard-{number}.csv"
-        known = journal.rows_of(sorted(journals, key=file.with_suffix(".journal").__eq__))  # its own counts last
         if file.exists() and not _is_as_kept(file, of_shard(config, number), known):
             file.unlink()
             damaged.append(file)

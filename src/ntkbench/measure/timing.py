@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from ntkbench import operators
+from ntkbench.options import Target
 
 
 def use_threads(threads: int, *, pinned: bool = True) -> None:
@@ -38,12 +42,12 @@ def import_early(*, with_jax: bool) -> None:
     No backend is started, since it would not survive a fork. The garbage collector ignores the imported objects.
 
     Args:
-        with_jax: whether to import JAX.
+        with_jax: whether to import JAX, if it is installed.
     """
     import sklearn.datasets  # noqa: F401
     import torch._dynamo  # noqa: F401
 
-    if with_jax:
+    if with_jax and importlib.util.find_spec("jax"):
         import jax.numpy  # noqa: F401
     gc.freeze()
 
@@ -138,3 +142,22 @@ def peak_bytes(call: Callable[[], Any]) -> int | None:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
     return max(0, 1024 * int(peak) - before)
+
+
+def device_peak_bytes(call: Callable[[], Any], target: Target) -> int | None:
+    """Peak of all allocations on the target's GPU during a call; ``None`` on the CPU, or if it is not known.
+
+    JAX cannot reset its peak. It is that of the call only if the call raises it.
+    """
+    operators.reset_device_memory(target)
+    before = operators.device_memory(target)
+    call()
+    after = operators.device_memory(target)
+    return after if before is not None and after is not None and after > before else None
+
+
+def peak_bytes_on(target: Target, call: Callable[[], Any]) -> int | None:
+    """Memory of a call: :func:`peak_bytes` on the CPU, :func:`device_peak_bytes` on a GPU."""
+    allocated: list[int | None] = []
+    resident = peak_bytes(lambda: allocated.append(device_peak_bytes(call, target)))
+    return resident if operators.device_memory(target) is None else allocated[0]

@@ -4,7 +4,9 @@ Each study is one file. A file in this folder can be named under ``studies`` in 
 measured into ``results/<profile>/studies/<name>.csv``, from which figures with ``TABLE = "<name>"`` are drawn. The file
 holds
 
-- ``Settings``: a :class:`ntkbench.studies.base.Settings` with the study's sizes, by default those of the paper;
+- ``Settings``: a :class:`ntkbench.studies.base.Settings` with the study's sizes, by default those of the paper.
+  ``USES`` names the shared settings that have an effect, such as ``seeds``. The others are refused, and their defaults
+  say what the study does, such as ``dtype: Literal["float64"] = "float64"``;
 - ``run(settings) -> pandas.DataFrame``: a tidy table with one row per measurement and no provenance columns, built by
   :func:`ntkbench.studies.base.table` from :func:`ntkbench.studies.base.row`;
 - ``TIMED`` (optional): ``False`` if no column holds seconds, so that the study may run beside others, and resume on
@@ -25,6 +27,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ntkbench import registry
+from ntkbench.measure.settings import OPTIONAL
 from ntkbench.registry import Fault, Source
 from ntkbench.studies import base
 
@@ -101,6 +104,8 @@ def _checked(source: Source, module: ModuleType, name: str) -> ModuleType:
     settings = getattr(module, "Settings", None)
     if not (inspect.isclass(settings) and issubclass(settings, base.Settings)):
         raise Fault("Settings must be a subclass of ntkbench.studies.base.Settings", source.line("Settings"))
+    if wrong := sorted(set(settings.USES) - set(OPTIONAL)):
+        raise Fault(f"Settings.USES: unknown {wrong[0]!r}; allowed: {', '.join(OPTIONAL)}", source.line("Settings"))
     run = getattr(module, "run", None)
     if not callable(run):
         raise Fault("defines no run(settings)", source.line("run"))

@@ -1,9 +1,9 @@
-"""The choice of ``method="auto"``: its time compared with all methods that reach the same tolerance.
+"""The choice of ``method="auto"``: its time compared with all methods in PyTorch that reach the same tolerance.
 
 A task is a metric of a problem at a relative tolerance. The rivals are exact methods, and estimators that stop once
 their 95 % interval is within the tolerance. Approximate methods state no error and are left out. Methods are prepared,
 as in a :class:`ntkbench.Kernel` that is used more than once, and those that may be the fastest are timed in turn with
-``auto``.
+``auto``. Preparations are freed after a method was timed alone, and made again for the turns, which hold them together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ntkbench.measure.schema import MetricName, ProblemLabel
 from ntkbench.methods import Method
 from ntkbench.methods.base import Incremental, Stochastic
 from ntkbench.metrics import METRICS
-from ntkbench.options import Options, Target
+from ntkbench.options import Options
 from ntkbench.problem import Problem
 from ntkbench.studies import base
 
@@ -34,7 +34,7 @@ TIMED = True
 PLUGINS = base.methods_and_problems()
 AUTO = "auto"
 SEEDS = (2, 3, 4)
-"""Seeds of timed calls; a method must reach the tolerance with each of them."""
+"""Seeds of timed calls; a rival must reach the tolerance with each of them."""
 RIVAL = 4.0
 """A method is timed in turn with the others if its time alone is within this factor of the fastest one's."""
 SLOWER = 1.5
@@ -62,6 +62,8 @@ class Settings(base.Settings):
         calls: timed ones of each method, in turn.
     """
 
+    USES = (*base.OF_TARGET, "calls", "limits.passes", "limits.patience_s")
+
     problems: list[ProblemLabel] = Field(default=PROBLEMS, min_length=1)
     metrics: list[MetricName] = Field(default=list(METRICS), min_length=1)
     rtols: list[PositiveFloat] = Field(default=[0.1, 0.01], min_length=1)
@@ -72,7 +74,8 @@ def run(settings: Settings) -> pd.DataFrame:
     """One row for each task and method, ``auto`` first.
 
     ``ratio`` is the ratio of the seconds of ``auto`` to those of the method, with quartiles over calls; ``fastest``
-    marks the fastest method other than ``auto``. ``by`` is the method that ``auto`` chose.
+    marks the fastest method other than ``auto``. ``by`` is the method that ``auto`` chose. ``reached`` is whether the
+    interval is within the tolerance with each seed; there are no ratios for an ``auto`` that misses it.
     """
     return base.table(
         row
@@ -83,10 +86,29 @@ def run(settings: Settings) -> pd.DataFrame:
 
 
 @functools.lru_cache(maxsize=1)
-def _prepared(label: str, target: Target) -> tuple[Problem, Callable[[Method], Any]]:
-    """A problem, and a function that prepares each method once."""
-    problem = problems.load(label)
-    return problem, base.preparing(problem, target)
+def _loaded(label: str) -> Problem:
+    return problems.load(label)
+
+
+class Prepared:
+    """A problem with the preparations of some methods, each made once and freed with this object."""
+
+    def __init__(self, settings: Settings, task: dict[str, Any]) -> None:
+        """Does not load or prepare anything yet."""
+        self._settings, self._task = settings, task
+        self._prepare = base.Once(lambda: base.preparing(self.problem, settings.target()))
+
+    @property
+    def problem(self) -> Problem:
+        """The problem of the task."""
+        return _loaded(self._task["problem"])
+
+    def estimate(self, name: str, seed: int) -> Estimate:
+        """The metric by a method, to the tolerance of the task if the method takes one."""
+        metric = self._task["metric"]
+        rtol = self._task["rtol"] if name == AUTO or isinstance(methods.get(name), Stochastic) else None
+        options = Options(method=name, rtol=rtol, seed=seed)
+        return ladder.estimates(self.problem, (metric,), self._settings.target(), options, self._prepare())[metric]
 
 
 def _rows(settings: Settings, label: str, metric: str, rtol: float) -> list[base.Row]:
@@ -101,8 +123,9 @@ def _rows(settings: Settings, label: str, metric: str, rtol: float) -> list[base
     rows = [auto, *(alone(name, patience) for name in _rivals(metric))]
     measured = [row for row in rows if row["status"] == outcomes.OK]
     limit = RIVAL * min((row["alone_seconds"] for row in measured), default=0.0)
+    prepared = Prepared(settings, task)
     turns = [
-        base.Turn(row, *_calls(settings, task, row["method"]))
+        base.Turn(row["method"], row, *_calls(prepared, row["method"]))
         for row in measured
         if row["method"] == AUTO or row["alone_seconds"] <= limit
     ]
@@ -125,31 +148,23 @@ def _described(name: str) -> dict[str, str]:
     return {"title": method.title, "kind": method.kind}
 
 
-def _estimate(settings: Settings, task: dict[str, Any], name: str, seed: int) -> Estimate:
-    problem, prepare = _prepared(task["problem"], settings.target())
-    metric = task["metric"]
-    rtol = task["rtol"] if name == AUTO or isinstance(methods.get(name), Stochastic) else None
-    options = Options(method=name, rtol=rtol, seed=seed)
-    return ladder.estimates(problem, (metric,), settings.target(), options, prepare)[metric]
-
-
 def _alone(settings: Settings, task: dict[str, Any], name: str, patience: float) -> dict[str, Any]:
     """A method's estimates with the timed seeds: the widest interval, and the fastest time after the first call.
 
-    A later call that takes more than ``patience`` seconds is the last one.
+    Its preparation is freed afterwards. A later call that takes more than ``patience`` seconds is the last one.
 
     Raises:
         Unavailable: it does not apply, takes too long, or misses the tolerance with a seed.
         OverMemory: it would take more memory than the limits allow.
     """
-    problem, _ = _prepared(task["problem"], settings.target())
-    if task["metric"] == "alignment" and problem.theta_f is None:
+    prepared = Prepared(settings, task)
+    if task["metric"] == "alignment" and prepared.problem.theta_f is None:
         raise Unavailable("the network stays untrained")
     if name != AUTO:
-        _check(settings, problem, task["metric"], methods.get(name))
+        _check(settings, prepared.problem, task["metric"], methods.get(name))
     widths, seconds = [], []
     for seed in SEEDS:
-        call = timing.timed(functools.partial(_estimate, settings, task, name, seed), 0)
+        call = timing.timed(functools.partial(prepared.estimate, name, seed), 0)
         widths.append(call.first.relative_width())
         seconds.append(call.first_seconds)
         if name != AUTO and not widths[-1] <= task["rtol"]:
@@ -158,10 +173,11 @@ def _alone(settings: Settings, task: dict[str, Any], name: str, patience: float)
         if len(seconds) > 1 and min(seconds[1:]) > patience:
             raise Unavailable(f"takes {seconds[-1]:.2g} s, more than {patience:.2g} s")
     return {
-        **base.sizes(problem),
+        **base.sizes(prepared.problem),
         "by": call.first.method,
         "passes_spent": call.first.passes,
         "relative_width": max(widths),
+        "reached": max(widths) <= task["rtol"],
         "alone_seconds": min(seconds[1:]),
         "seeds": len(SEEDS),
     }
@@ -182,25 +198,24 @@ def _check(settings: Settings, problem: Problem, metric: str, method: Method) ->
     limits.check_memory(method.bytes_needed(problem, metric, target))
 
 
-def _calls(settings: Settings, task: dict[str, Any], name: str) -> tuple[Callable[[], Estimate], Callable[[], Any]]:
+def _calls(prepared: Prepared, name: str) -> tuple[Callable[[], Estimate], Callable[[], Any]]:
     """The timed call, which cycles through a few seeds, and a warm-up with each of them.
 
     The number of probes depends on the seed, and the program for a new number is traced at its first call. Methods
     share these programs, so the first method in a round would otherwise trace for all.
     """
     seeds = itertools.cycle(SEEDS)
-    call = functools.partial(_estimate, settings, task, name)
+    call = functools.partial(prepared.estimate, name)
     return lambda: call(next(seeds)), lambda: [call(seed) for seed in SEEDS]
 
 
 def _add_ratios(rows: list[base.Row], times: list[list[float]]) -> None:
-    """Add the ratio of the time of ``auto`` to that of each method."""
+    """Mark the fastest method, and add the ratios of the time of ``auto`` to those of the methods, if it is as good."""
     timed = [(row, own) for row, own in zip(rows, times, strict=True) if own]
-    own_of_auto = next((own for row, own in timed if row["method"] == AUTO), None)
+    own_of_auto = next((own for row, own in timed if row["method"] == AUTO and row["reached"]), None)
     others = [pair for pair in timed if pair[0]["method"] != AUTO]
-    if own_of_auto is None or not others:
-        return
-    fastest = min(others, key=lambda pair: float(np.median(pair[1])))[0]
+    fastest = min(others, key=lambda pair: float(np.median(pair[1])), default=(None, None))[0]
     for row, own in others:
-        row.update(timing.quartiles("ratio", [a / b for a, b in zip(own_of_auto, own, strict=True)]))
         row["fastest"] = row is fastest
+        if own_of_auto:
+            row.update(timing.quartiles("ratio", [a / b for a, b in zip(own_of_auto, own, strict=True)]))

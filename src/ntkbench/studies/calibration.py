@@ -26,7 +26,7 @@ from ntkbench.estimate import ROUNDING, Estimate
 from ntkbench.measure import outcomes
 from ntkbench.measure.schema import MetricName, ProblemLabel
 from ntkbench.measure.seeds import Reruns
-from ntkbench.methods.base import Incremental
+from ntkbench.methods.base import Incremental, Stochastic
 from ntkbench.metrics import METRICS
 from ntkbench.options import Options
 from ntkbench.problem import Problem
@@ -48,7 +48,8 @@ PROBLEMS = {
     "recurrent": "gru_flipflop[H=12,N=12,T=6]",
 }
 WAYS = ("default", "passes", "rtol", "matched")
-"""The modes; ``matched`` requests the most frequent method of ``rtol`` by name, with the mean passes of ``rtol``."""
+"""The modes; ``matched`` requests the most frequent method of ``rtol`` by name, with the mean passes of ``rtol``, or at
+least those that it needs; an exact method takes no budget."""
 TARGET_OF_AUTO, TARGET = (0.93, 0.97), (0.90, 0.98)
 """Where the coverage of a 95 % interval should lie: for ``auto``, and for a method requested by name."""
 ABOUT_ERRORS = re.compile(r"\b(error|interval)s?\b")
@@ -68,6 +69,8 @@ class Settings(base.Settings):
         rtol: tolerance of the mode ``rtol``.
         most_passes: maximum number of passes of the mode ``rtol``.
     """
+
+    USES = (*base.OF_TARGET, "seeds")
 
     seeds: int = Field(300, ge=2)
     problems: dict[str, ProblemLabel] = Field(default=PROBLEMS, min_length=1)
@@ -118,7 +121,11 @@ def _measure(
     if way == "matched":
         if stopped is None:
             raise Unavailable("no passes to match: there are no estimates to the tolerance")
-        asked = Options(stopped["mostly"], round(stopped["passes_spent"]))
+        mostly = methods.get(stopped["mostly"])
+        budget: int | None = None
+        if isinstance(mostly, Stochastic):
+            budget = max(round(stopped["passes_spent"]), mostly.least_passes(subject.problem(), metric))
+        asked = Options(mostly.name, budget)
     else:
         passes = {"passes": settings.passes, "rtol": settings.most_passes}.get(way)
         asked = Options(method, passes, settings.rtol if way == "rtol" else None)

@@ -20,12 +20,7 @@ from ntkbench.measure.schema import MethodName, MetricName, ProblemLabel, Strict
 from ntkbench.studies import base
 
 TIMED = True
-PLUGINS = tuple(
-    sorted(
-        {methods.REGISTRY.module(name) for name in methods.REGISTRY.found()}
-        | {problems.REGISTRY.module(name) for name in problems.REGISTRY.found()}
-    )
-)
+PLUGINS = base.methods_and_problems()
 PASSES = 64
 
 
@@ -88,6 +83,8 @@ class Settings(base.Settings):
         estimates: methods on problems.
         calls: calls of each kind, made in turn.
     """
+
+    USES = (*base.OF_TARGET, "calls")
 
     calls: PositiveInt = 20
     estimates: list[Certified] = Field(default=ESTIMATES, min_length=1)

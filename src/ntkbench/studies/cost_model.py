@@ -76,6 +76,8 @@ class Settings(base.Settings):
         calls: timed calls of each method, after a first one.
     """
 
+    USES = (*base.OF_TARGET, "calls", "limits.patience_s")
+
     calls: int = Field(5, ge=1)
     cases: list[Case] = Field(default=CASES, min_length=1)
 
@@ -128,10 +130,13 @@ def _measure(settings: Settings, case: Case, problem: Any, predicted: Any, name:
         "predicted_bytes": found.bytes,
         "memory_bytes": peak,
         "predicted_error": found.error,
-        "standard_error": None
-        if times.first.standard_error is None
-        else times.first.standard_error / times.first.value,
+        "relative_standard_error": relative(first.standard_error, first.value),
     }
+
+
+def relative(error: float | None, value: float) -> float | None:
+    """A standard error relative to its value; ``None`` if there is no error, or if the value is 0."""
+    return None if error is None or not value else error / abs(value)
 
 
 def _on_host(settings: Settings) -> bool:

@@ -14,7 +14,8 @@ gradients, as those of a wide network at initialisation nearly do, Theta_bb is d
 zero variance.
 
 Theta is computed exactly, in float64, by the layerwise engine. At the first and the last step of the first
-initialisation the factor is also measured, as the ratio of the two estimates' variances over seeds.
+initialisation the factor is also measured, as the ratio of the two estimates' variances over seeds, in float64 as well.
+Networks are trained in float32.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ TITLES: dict[Network, str] = {
 }
 POOLED, PER_SAMPLE = "one_sided_reverse", "per_sample_trace"
 PLUGINS = tuple(f"ntkbench.methods.{name}" for name in (POOLED, PER_SAMPLE))
+ROUNDING = 1e-10
+"""Standard deviation relative to the mean, in float64, up to which estimates are taken as equal."""
 
 
 class Settings(base.Settings):
@@ -62,6 +65,9 @@ class Settings(base.Settings):
         passes: passes of each estimate behind a variance.
     """
 
+    USES = ("device", "seeds", "limits.block_mb")
+
+    dtype: Literal["float64"] = "float64"
     seeds: int = Field(400, ge=8)
     networks: list[Network] = Field(default=["mlp", "convnet", "resnet", "transformer"], min_length=1)
     inits: PositiveInt = 3
@@ -164,7 +170,7 @@ class Course:
             return float((self._network(images).argmax(1) == digits).double().mean())
 
     def _measured(self) -> dict[str, Any]:
-        """The ratio of the two estimates' variances over seeds, with its 95 % interval."""
+        """The ratio of the two estimates' variances over seeds, with its 95 % interval, if both vary."""
         settings = self._settings
         weights = {name: w.detach().cpu().numpy().copy() for name, w in self._network.named_parameters()}
         problem = Problem("digits", self._network, _images(settings).cpu().numpy(), weights)
@@ -202,13 +208,16 @@ def shares(theta: Tensor) -> dict[str, float]:
     }
 
 
-def ratio_of_variances(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
-    """The ratio of the variances of two independent samples, with its 95 % interval.
+def ratio_of_variances(above: Sequence[float], below: Sequence[float]) -> tuple[float | None, ...]:
+    """The ratio of the variances of two independent samples, with its 95 % interval; ``None`` if one hardly varies.
 
     The interval is normal in the logarithm. The variance of log s^2 is (k - 1) / n for n values of kurtosis k, to first
     order, for any distribution.
     """
-    logs, errors = zip(*(_log_variance(np.asarray(values, dtype=float)) for values in (above, below)), strict=True)
+    samples = [np.asarray(values, dtype=float) for values in (above, below)]
+    if any(values.std() <= ROUNDING * abs(values.mean()) for values in samples):
+        return None, None, None
+    logs, errors = zip(*map(_log_variance, samples), strict=True)
     half = 1.96 * math.sqrt(sum(errors))
     return math.exp(logs[0] - logs[1]), math.exp(logs[0] - logs[1] - half), math.exp(logs[0] - logs[1] + half)
 

@@ -4,7 +4,7 @@ The kernel of a network with BatchNorm in eval mode depends on its statistics: t
 the images themselves (``calibrated``, by one pass in train mode), or means of 0 and variances of 1
 (``uncalibrated``), as in a network that was never trained. Theta is n x n with n = N O. The pNTK, the trace kernel and
 the kernels of single logits are N x N, and are read off Theta's entries. The table has the effective rank
-(tr A)^2 / ||A||_F^2 and the entropy effective rank.
+(tr A)^2 / ||A||_F^2 and the entropy effective rank, both in float64.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,9 @@ class Settings(base.Settings):
         problems: labels of networks with BatchNorm, with n small enough to decompose Theta in float64.
     """
 
+    USES = ("device", "limits.block_mb")
+
+    dtype: Literal["float64"] = "float64"
     problems: list[ProblemLabel] = Field(default=["resnet18[N=24,O=10,width=8]"], min_length=1)
 
 
@@ -118,7 +121,7 @@ def kernels(theta: np.ndarray, outputs: int) -> dict[str, list[np.ndarray]]:
     return {
         "theta": [theta],
         "trace": [np.einsum("aobo->ab", blocks) / outputs],
-        "sum_of_logits": [blocks.sum((1, 3)) / outputs],
+        "sum_of_logits": [thetas.pooled(theta, outputs)],
         "single_logit": [blocks[:, o, :, o] for o in range(outputs)],
     }
 

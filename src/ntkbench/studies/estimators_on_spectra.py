@@ -50,12 +50,14 @@ class Settings(base.Settings):
     """Sizes of the Jacobians and budgets.
 
     Attributes:
-        seeds: number of seeds of a method at each budget; all but the first are timed.
+        seeds: number of seeds of a method at each budget.
         n: outputs.
         outputs_per_parameter: n / P, each value for one shape of J.
         spectra: names in :data:`SPECTRA`.
         passes: budgets.
     """
+
+    USES = (*base.OF_TARGET, "seeds")
 
     seeds: int = Field(100, ge=2)
     n: PositiveInt = Field(1000, ge=20)

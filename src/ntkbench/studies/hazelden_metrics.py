@@ -21,7 +21,7 @@ METRICS = {
 }
 
 
-class Settings(estimates.Settings):
+class Settings(estimates.WithBaselines):
     """Grid of m.
 
     Attributes:

@@ -29,7 +29,7 @@ PRODUCTS = 256
 """Products with random signs from which the diagonal of G is estimated."""
 
 
-class Settings(estimates.Settings):
+class Settings(estimates.WithBaselines):
     """Problems and grids of m; six samples are the fewest that the estimators take.
 
     Attributes:

@@ -41,6 +41,8 @@ class Settings(base.Settings):
         killed_at: share of the file's parts after which the first process is killed.
     """
 
+    USES = base.OF_TARGET
+
     problems: list[ProblemLabel] = Field(default=["fc_relu[N=5000]"], min_length=1)
     killed_at: PositiveFloat = Field(default=0.3, lt=1)
 

@@ -53,6 +53,8 @@ class Settings(base.Settings):
         probes: number of probes, the same for all kernels of parts of the parameters.
     """
 
+    USES = base.OF_TARGET
+
     problems: list[ProblemLabel] = Field(
         default=["transformer_small[N=4,T=16]", "transformer_flipflop[N=16]"], min_length=1
     )
@@ -106,7 +108,7 @@ class Course:
         self._seen = {part: paired.SharedProbes(self._probes) for part in (WHOLE, *self._parts)}
         self._first: dict[str, Estimate] = {}
         self._start = self._problem()
-        self._metrics()
+        self._at_start = self._metrics()
 
     def look(self, step: int) -> list[dict[str, Any]]:
         """Rows after this number of steps, which must not be smaller than in an earlier call.
@@ -114,6 +116,8 @@ class Course:
         Raises:
             BadInput: the recipe has fewer steps.
         """
+        if step == 0:
+            return self._at_start
         while self._at[0] < step:
             after = next(self._course, None)
             if after is None:

@@ -38,6 +38,8 @@ class Settings(base.Settings):
         samples: N images whose pairs share the cost; two images alone are measured as well.
     """
 
+    USES = (*base.OF_TARGET, "calls", "limits.gigaflop")
+
     depths: list[Literal[18, 34, 50, 101, 152, 200]] = Field(default=[18, 34, 50, 101, 152, 200], min_length=1)
     outputs: list[PositiveInt] = Field(default=[10, 100, 200], min_length=1)
     width: PositiveInt = 64

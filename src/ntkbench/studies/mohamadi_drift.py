@@ -2,14 +2,14 @@
 
 The softmax's gradients sum to zero over logits, so gradient descent never moves the readout's sum 1^T V. Weight decay
 shrinks it, and with it the part of the pNTK that comes from all layers but the last. This experiment is not in Mohamadi
-et al. 2023.
+et al. 2023. Networks are trained in float32, and kernels are computed in float64.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -37,6 +37,9 @@ class Settings(base.Settings):
         images: number of images that the kernels are computed on.
     """
 
+    USES = ("device", "limits.block_mb")
+
+    dtype: Literal["float64"] = "float64"
     width: PositiveInt = 512
     steps: PositiveInt = 4000
     looks: int = Field(default=11, ge=2)

@@ -3,7 +3,7 @@
 Figures 2 to 6 of the paper, on scikit-learn's digits or a part of CIFAR-10: relative Frobenius difference, largest
 eigenvalue, condition number, off-diagonal mass of Theta's O x O blocks, predictions of kernel regression and their
 accuracy; and the networks' own accuracy, on 512 held-out images. Networks are trained on all training images, by the
-cross-entropy without weight decay.
+cross-entropy without weight decay, in float32; kernels are computed in float64.
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ class Settings(base.Settings):
         deep_share: share of these images and of the steps that is used for residual networks, rounded up.
     """
 
+    USES = ("device", "limits.block_mb")
+
+    dtype: Literal["float64"] = "float64"
     data: Literal["digits", "cifar10"] = "digits"
     widths: dict[Literal["fc", "conv", "resnet18", "wide_resnet"], Widths] = Field(
         default={

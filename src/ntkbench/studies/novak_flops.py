@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from pydantic import Field, PositiveInt
@@ -28,6 +28,9 @@ class Settings(base.Settings):
         widths, outputs, samples: every width with every O and every N.
     """
 
+    USES = ()
+
+    device: Literal["cpu"] = "cpu"
     widths: list[PositiveInt] = Field(default=[2**k for k in range(4, 13)], min_length=1)
     outputs: list[PositiveInt] = Field(default=[1, 16, 128, 1024], min_length=1)
     samples: list[PositiveInt] = Field(default=[1, 16], min_length=1)

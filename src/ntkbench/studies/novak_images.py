@@ -3,7 +3,7 @@
 ResNets with the stem of ImageNet, Vision Transformers and MLP-Mixers on images of 224x224, and WideResNets-16 on images
 of 32x32. Operations are counted without running the kernels: those of neural-tangents' programs after lowering, those
 of our layerwise kernel from its shapes. Seconds are measured for cases within the limits; for the limits, operations
-are estimated from those of a forward pass.
+are estimated from those of a forward pass. All programs are in float32.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class Settings(base.Settings):
         wide_side: pixels of an image's side for WideResNets.
         samples: N.
     """
+
+    USES = ("device", "calls", "limits.block_mb", "limits.gigaflop")
 
     depths: list[Literal[18, 34, 50, 101, 152, 200]] = Field(default=[18, 34, 50])
     wide_factors: list[PositiveInt] = Field(default=[4])

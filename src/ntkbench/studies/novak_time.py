@@ -1,7 +1,8 @@
 """Seconds and memory of an NTK of a 10-layer ReLU network against width (Novak et al. 2022, figure 1, right).
 
 The memory of a program is known once it is compiled, whether or not it is run afterwards. A program that needs more
-than ``limits.memory_mb``, or more operations than ``limits.gigaflop``, is not run; its row still has its memory.
+than ``limits.memory_mb``, or more operations than ``limits.gigaflop``, is not run; its row still has its memory. All
+programs are in float32.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Settings(base.Settings):
         samples: N.
         others: other networks, such as that of neural-tangents' notebook.
     """
+
+    USES = ("device", "calls", "limits.block_mb", "limits.gigaflop")
 
     widths: list[PositiveInt] = Field(default=[2**k for k in range(4, 13)], min_length=1)
     outputs: list[PositiveInt] = Field(default=[1, 16, 128, 1024], min_length=1)

@@ -72,6 +72,8 @@ class Settings(base.Settings):
         calls: calls of each function, made in turn.
     """
 
+    USES = (*base.OF_TARGET, "calls")
+
     calls: PositiveInt = 20
     cases: list[Case] = Field(default=CASES, min_length=1)
 

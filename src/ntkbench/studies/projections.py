@@ -37,6 +37,7 @@ from ntkbench.operators import arrays
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 from ntkbench.studies import base
+from ntkbench.studies.base import thetas
 
 TIMED = True
 PROJECTIONS = {"dense_jl": None, "sparse_jl": None, "grass": None, "kronecker_projection": 1}
@@ -45,8 +46,8 @@ SKETCH = "count_sketch"
 ESTIMATORS = ("gram_forward", "structured_block_u_statistics", "sample_subset")
 FIXED = ("structured_sum_of_logits", "trace_kernel", "kfac", "kfoc", "structured_derivatives", "jacobian_contraction")
 """Deterministic methods, approximate and exact."""
-KERNELS = {"structured_sum_of_logits": "sum_of_logits", "trace_kernel": "trace"}
-"""Approximations by a kernel between samples, and its name in the layerwise engine."""
+KERNELS = {"structured_derivatives": "full", "structured_sum_of_logits": "sum_of_logits", "trace_kernel": "trace"}
+"""Methods whose kernel is compared with Theta, and its name in the layerwise engine."""
 ALL = (*PROJECTIONS, SKETCH, *ESTIMATORS, *FIXED)
 PLUGINS = tuple(f"ntkbench.methods.{name}" for name in ALL)
 
@@ -60,6 +61,8 @@ class Settings(base.Settings):
         k: numbers of features of a row of J.
         passes: budgets of the estimators.
     """
+
+    USES = (*base.OF_TARGET, "seeds", "calls")
 
     seeds: int = Field(10, ge=2)
     problems: list[ProblemLabel] = Field(default=["digits_mlp[N=16]", "digits_conv[N=16]"], min_length=1)
@@ -107,7 +110,7 @@ class Truth:
     @functools.cached_property
     def pntk(self) -> np.ndarray:
         """The pNTK, ``[N, N]``."""
-        return pooled(self.thetas[0], self.problem.O)
+        return thetas.pooled(self.thetas[0], self.problem.O)
 
     def gram_error(self, theta: np.ndarray) -> float:
         """Relative error of an approximation of Theta."""
@@ -115,19 +118,13 @@ class Truth:
 
     def pntk_error(self, theta: np.ndarray) -> float:
         """Relative error of the pNTK of an approximation of Theta."""
-        found = pooled(theta, self.problem.O)
+        found = thetas.pooled(theta, self.problem.O)
         return float(np.linalg.norm(found - self.pntk) / np.linalg.norm(self.pntk))
 
 
 def alignment(theta: np.ndarray, theta_f: np.ndarray) -> float:
     """tr(Theta Theta_f) / (||Theta||_F ||Theta_f||_F)."""
     return float((theta * theta_f).sum() / (np.linalg.norm(theta) * np.linalg.norm(theta_f)))
-
-
-def pooled(theta: np.ndarray, outputs: int) -> np.ndarray:
-    """The pNTK of a kernel between all outputs of all samples, ``[N, N]``."""
-    blocks = theta.reshape(len(theta) // outputs, outputs, -1, outputs)
-    return blocks.sum((1, 3)) / outputs
 
 
 def truth(label: str) -> Truth:
@@ -300,22 +297,23 @@ def _fixed(settings: Settings, exact: base.Once[Truth], prepared: base.Once[Any]
     found["alignment_plug_in"] = abs(of_alignment.first.value / exact().alignment - 1)
     for metric in ("trace", "effective_rank"):
         found[f"{metric}_bias"] = method.estimate(prepared(), metric).value / getattr(exact(), metric) - 1
-    if method.kind == "exact":
-        found |= {"gram_error": 0.0, "pntk_error": 0.0, "bytes": problem.n**2 * settings.target().itemsize}
-    elif name in KERNELS:
-        theta = np.kron(_between_samples(prepared(), KERNELS[name]), np.eye(problem.O))
+    entries = problem.n**2
+    if name in KERNELS:
+        kernel = _kernel(prepared(), KERNELS[name])
+        entries, theta = kernel.size, np.kron(kernel, np.eye(problem.n // len(kernel)))
         found |= {"gram_error": exact().gram_error(theta), "pntk_error": exact().pntk_error(theta)}
-        found["bytes"] = problem.N**2 * settings.target().itemsize
-    else:
-        found["bytes"] = kronecker.entries(problem.theta_0) * settings.target().itemsize
+    elif method.kind != "exact":
+        entries = kronecker.entries(problem.theta_0)
+    found["bytes"] = entries * settings.target().itemsize
     return {**base.sizes(problem), **found, **_columns(settings, call, of_alignment), "seeds": 1}
 
 
-def _between_samples(prepared: Any, kernel: str) -> np.ndarray:
+def _kernel(prepared: Any, name: str) -> np.ndarray:
+    """A kernel of the layerwise engine, ``[N, N]``, or ``[n, n]`` for Theta."""
     from ntkbench.layerwise import sample_kernels
 
     (end,) = prepared.ends("norm")
-    made = sample_kernels.get(kernel).compute(end.engine, end.parameters, end.x)
+    made = sample_kernels.get(name).compute(end.engine, end.parameters, end.x)
     return arrays.to_numpy(made, np.float64)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from pydantic import Field, PositiveFloat
 
-from ntkbench import ladder, metrics, operators, problems
+from ntkbench import ladder, metrics, problems
 from ntkbench.estimate import Estimate
 from ntkbench.measure import timing
 from ntkbench.measure.schema import MetricName, ProblemLabel, Strict
@@ -63,6 +63,8 @@ class Settings(base.Settings):
         cases: problems with metrics and tolerances.
     """
 
+    USES = base.OF_TARGET
+
     cases: list[Case] = Field(default=CASES, min_length=1)
 
 
@@ -93,11 +95,9 @@ def _measure(settings: Settings, case: Case) -> dict[str, Any]:
         estimate = ladder.estimates(problem, (case.metric,), target, Options(rtol=case.rtol), prepare)[case.metric]
         found.append((time.perf_counter() - start, estimate))
 
-    operators.reset_device_memory(target)
-    peak = timing.peak_bytes(call)
+    memory = timing.peak_bytes_on(target, call)
     ((seconds, estimate),) = found
     low, high = estimate.interval()
-    memory = operators.device_memory(target) or peak
     weights = problem.P * target.itemsize * len(metrics.parameter_sets(case.metric))
     return {
         **base.sizes(problem),

@@ -21,7 +21,7 @@ from ntkbench.estimate import Estimate
 from ntkbench.measure import outcomes
 from ntkbench.measure.schema import check_probes
 from ntkbench.measure.seeds import checked
-from ntkbench.measure.timing import timed
+from ntkbench.measure.timing import quartiles, timed
 from ntkbench.methods.base import Stochastic
 from ntkbench.problem import Problem
 from ntkbench.studies import base
@@ -48,6 +48,8 @@ class Settings(base.Settings):
         N, T, probes: numbers of trials, steps and probes; each is varied with the others at their middle.
         middle: the middle of each of these, one of its values.
     """
+
+    USES = (*base.OF_TARGET, "calls", "limits.patience_s")
 
     task: Literal["flipflop", "delayed_response", "match_to_sample"] = "flipflop"
     kinds: list[Literal["rnn", "gru", "lstm", "ctrnn"]] = Field(default=["rnn", "gru"], min_length=1)
@@ -79,7 +81,8 @@ class Settings(base.Settings):
 def run(settings: Settings) -> pd.DataFrame:
     """One row for each kind of network, varied size, its value, and method.
 
-    The values of a size take turns, so that a temporary slowdown of the machine does not appear as a slope.
+    The values of a size take turns, so that a temporary slowdown of the machine does not appear as a slope; except one
+    that takes longer than ``limits.patience_s``, which is timed once.
     """
 
     @functools.cache
@@ -124,10 +127,12 @@ def _line(
         point = Point(settings, problem(kind, at["N"], at["T"]), name, at["probes"])
         case = {**common, **at, "title": base.title(name), "metric": METRICS[name]}
         rows.append(base.left_out(case, slow) if slow else base.row(case, point.columns))
-        if rows[-1]["status"] == outcomes.OK:
-            turns.append(base.Turn(rows[-1], point.call, point.first))
-            if rows[-1]["seconds"] > settings.limits.patience_s:
-                slow = f"the previous size took over limits.patience_s ({settings.limits.patience_s:g})"
+        if rows[-1]["status"] != outcomes.OK:
+            continue
+        if rows[-1]["seconds"] > settings.limits.patience_s:
+            slow = f"the previous size took over limits.patience_s ({settings.limits.patience_s:g})"
+        else:
+            turns.append(base.Turn(f"{varied} = {at[varied]}", rows[-1], point.call, point.first))
     base.in_turn(common, turns, settings.calls)
     return rows
 
@@ -145,26 +150,35 @@ class Point:
         self._prepared = base.Once(lambda: methods.get(name).prepare(problem(), settings.target()))
         self.first = base.Once(lambda: timed(self.call, 0))
 
+    @property
+    def _passes(self) -> int | None:
+        """Passes of the probes; ``None`` for an exact method."""
+        method = methods.get(self._name)
+        return method.cost(METRICS[self._name], self._probes) if isinstance(method, Stochastic) else None
+
     def call(self) -> Estimate:
         """The timed region."""
-        method, metric = methods.get(self._name), METRICS[self._name]
-        passes = method.cost(metric, self._probes) if isinstance(method, Stochastic) else None
-        return method.estimate(self._prepared(), metric, passes)
+        return methods.get(self._name).estimate(self._prepared(), METRICS[self._name], self._passes)
 
     def columns(self) -> dict[str, Any]:
-        """Columns of the first call; ``seconds`` is replaced once all sizes have been timed in turn."""
-        problem, target = self._problem(), self._settings.target()
-        method, metric = methods.get(self._name), METRICS[self._name]
-        if reason := method.unsupported_reason(problem, metric, target):
+        """Columns of the first call; ``seconds`` is replaced once all sizes have been timed in turn.
+
+        A call that takes longer than ``limits.patience_s``, after the first one, is the only one that is timed.
+        """
+        problem, target, limits = self._problem(), self._settings.target(), self._settings.limits
+        method, metric, passes = methods.get(self._name), METRICS[self._name], self._passes
+        if reason := method.unsupported_reason(problem, metric, target, passes):
             raise Unavailable(reason)
-        self._settings.limits.check_memory(method.bytes_needed(problem, metric, target))
+        limits.check_memory(method.bytes_needed(problem, metric, target, passes))
         self._prepared()
         first = self.first()
-        seconds = first.first_seconds
-        if seconds > self._settings.limits.patience_s:  # a process's first calls also load libraries
-            seconds = timed(self.call, 0).first_seconds
-        return {
+        columns: dict[str, Any] = {
             "passes": checked(first.first).passes,
             "first_call_seconds": first.first_seconds,
-            "seconds": seconds,
+            "seconds": first.first_seconds,
         }
+        if first.first_seconds > limits.patience_s:  # a process's first calls also load libraries
+            columns["seconds"] = timed(self.call, 0).first_seconds
+        if columns["seconds"] > limits.patience_s:
+            columns |= {**quartiles("seconds", [columns["seconds"]]), "calls": 1}
+        return columns

@@ -134,6 +134,8 @@ class Settings(base.Settings):
         calls: calls of subject and rival each, made in turn.
     """
 
+    USES = (*base.OF_TARGET, "calls")
+
     calls: PositiveInt = 20
     comparisons: list[Comparison] = Field(default=COMPARISONS, min_length=1)
 
@@ -215,7 +217,7 @@ def _some_rows(settings: Settings, label: str, share: float) -> tuple[float, Cal
 def _peak_memory(settings: Settings, name: str, label: str, metric: str) -> int | None:
     """Bytes by which an estimate raises the peak memory of a process of its own, after a first one that compiles.
 
-    On a GPU, the peak of all allocations.
+    On a GPU, the peak of all allocations; ``None`` if it is not known for that estimate.
 
     Raises:
         NtkbenchError: the estimate failed there, or exceeded the limits.
@@ -246,8 +248,6 @@ def _send_peak_memory(there: Connection, settings: Settings, name: str, label: s
         call = _call(settings, name, label, metric)
         call()
         target = settings.target("torch" if name in COMPUTATIONS else methods.get(name).backends[0])
-        operators.reset_device_memory(target)
-        peak = timing.peak_bytes(call)
-        there.send(operators.device_memory(target) or peak)
+        there.send(timing.peak_bytes_on(target, call))
     except Exception as error:
         there.send(tuple(outcomes.of_exception(error)))

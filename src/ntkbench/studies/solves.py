@@ -52,6 +52,8 @@ class Settings(base.Settings):
         passes: maximum number of passes of a solution.
     """
 
+    USES = (*base.OF_TARGET, "seeds")
+
     seeds: int = Field(5, ge=2)
     problems: list[ProblemLabel] = Field(
         default=["digits_mlp[N=16]", "digits_mlp[N=64]", "digits_mlp[N=200]"], min_length=1

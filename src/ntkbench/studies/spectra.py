@@ -77,6 +77,8 @@ class Settings(base.Settings):
         rtol: tolerance at which block Lanczos and LOBPCG stop.
     """
 
+    USES = (*base.OF_TARGET, "seeds", "calls")
+
     seeds: int = Field(10, ge=2)
     problems: list[ProblemLabel] = Field(
         default=["digits_mlp[N=64]", "transformer_tiny[N=8]", "digits_conv[N=64]"], min_length=1

@@ -7,6 +7,9 @@ below it. So no method benefits from a lucky budget, or pays for one that is lar
 backends take the budget of its first one, if their own errors do not contradict it. Methods without a budget take part
 if their error is within the goal; if the seed changes their value, the median over seeds. A method that does not reach
 the goal with the largest budget, or takes too long, gets a row with the reason.
+
+A method's preparation is freed after its search and made again for its turns. ``limits.memory_mb``, which is for the
+whole process, therefore applies to each search alone. The turns hold the preparations of all methods of a goal at once.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from pydantic import Field, PositiveFloat, PositiveInt
+from scipy.special import stdtrit
 from scipy.stats import binom
 
 from ntkbench import methods, problems
@@ -45,6 +49,10 @@ HOPELESS = 1e-3
 """P-value of the one-sided sign test (median equal to the goal) below which no more errors are drawn."""
 CONTRADICTED = 0.025
 """P-value of the same test, on either side, below which fresh seeds contradict a budget."""
+FEWEST_ESTIMATES = 6
+"""With fewer errors the p-value is at least 2^-5, so that no budget could be contradicted."""
+FEWEST_CALLS = 3
+"""With fewer calls the interval of a ratio is not known."""
 ROUNDS = 6
 """Number of budgets tested with fresh seeds before a method is abandoned."""
 REFERENCE, REFERENCE_PASSES, REFERENCE_SEED = "group_u_statistics", 2**15, 2**31
@@ -100,8 +108,10 @@ class Settings(base.Settings):
         most_passes: the largest budget of a stochastic method.
     """
 
-    seeds: int = Field(51, ge=2)
-    looks: int = Field(21, ge=2)
+    USES = (*base.OF_TARGET, "seeds", "calls", "limits.passes", "limits.patience_s")
+
+    seeds: int = Field(51, ge=FEWEST_ESTIMATES)
+    looks: int = Field(21, ge=FEWEST_ESTIMATES)
     calls: PositiveInt = 15
     goals: list[Goal] = Field(default=GOALS, min_length=1)
     most_passes: PositiveInt = 4096
@@ -128,10 +138,12 @@ def _rows(settings: Settings, goal: Goal) -> list[base.Row]:
             entrant = Entrant(settings, goal, truth, method.name, backend, known)
             case = {**goal_columns, "method": method.name, "backend": backend, "title": method.title}
             case |= {"kind": method.kind, "published": not method.is_own}
-            rows.append(base.row(case, entrant.search))
-            known = known or entrant.known(rows[-1])
-            if rows[-1]["status"] == outcomes.OK:
-                turns.append(base.Turn(rows[-1], *entrant.calls(rows[-1]["passes"])))
+            rows.append(row := base.row(case, entrant.search))
+            entrant.forget()
+            known = known or entrant.known(row)
+            if row["status"] == outcomes.OK:
+                name = f"{method.name}, {backend}, {_said(row['passes'])}"
+                turns.append(base.Turn(name, row, *entrant.calls(row["passes"])))
     times = base.in_turn(goal_columns, turns, settings.calls)
     _add_ratios([turn.row for turn in turns], times)
     return rows
@@ -151,11 +163,17 @@ def _add_ratios(rows: list[base.Row], times: list[list[float]]) -> None:
 
 
 def _interval(row: base.Row, rival: base.Row, ratios: Sequence[float]) -> tuple[float | None, float | None]:
-    """The 95 % interval of a median ratio; an end is ``None`` if a budget's band has none."""
-    spread = float(np.std(np.log(ratios))) * math.sqrt(math.pi / 2 / len(ratios))
+    """The 95 % interval of a median ratio, by Student's t in the logarithm.
+
+    An end is ``None`` if a budget's band has none. Both are if there are fewer than :data:`FEWEST_CALLS`.
+    """
+    if len(ratios) < FEWEST_CALLS:
+        return None, None
+    deviation = float(np.std(np.log(ratios), ddof=1)) * math.sqrt(math.pi / 2 / len(ratios))
+    reach = float(stdtrit(len(ratios) - 1, 0.975)) * deviation
     ends = []
     for own, other, sign in (("passes_low", "passes_high", -1), ("passes_high", "passes_low", 1)):
-        parts = [1.96 * spread]
+        parts = [reach]
         for side, end in ((row, own), (rival, other)):
             if side["passes"] is not None:
                 parts.append(math.log(side[end] / side["passes"]) if side[end] else math.nan)
@@ -232,9 +250,13 @@ class Entrant:
         self._patience = goal.patience_s or settings.limits.patience_s
         self._backend = backend
         self._known = known
-        self._prepared = base.Once(lambda: methods.get(name).prepare(truth.problem(), self._target))
-        self._called, self._last, self._too_long = False, 0, 0.0
+        self.forget()
+        self._last, self._too_long = 0, 0.0
         self._seeds = itertools.count()  # no two budgets share one, so that their errors are independent
+
+    def forget(self) -> None:
+        """Free the preparation, which takes memory. It is made again at the next call."""
+        self._prepared = base.Once(lambda: methods.get(self._name).prepare(self._truth.problem(), self._target))
 
     @property
     def _target(self) -> Target:
@@ -281,12 +303,9 @@ class Entrant:
         return {**self._truth.columns(), **columns}
 
     def calls(self, passes: int | None) -> tuple[Callable[[], Estimate], Callable[[], Any]]:
-        """The timed call, with another seed each time, and a warm-up call, if one is needed."""
+        """The timed call, with another seed each time, and a warm-up call."""
         seeds = itertools.count()
-        return (
-            lambda: self._estimate(passes, next(seeds)),
-            lambda: None if self._called else self._estimate(passes, 0),
-        )
+        return lambda: self._estimate(passes, next(seeds)), lambda: self._estimate(passes, 0)
 
     def _smallest_budget(self, least: int) -> dict[str, Any]:
         """Columns of the smallest budget that is enough, no smaller than ``least``."""
@@ -428,7 +447,6 @@ class Entrant:
         return timing.timed(lambda: self._estimate(passes, 0), 0).first_seconds
 
     def _estimate(self, passes: int | None, seed: int) -> Estimate:
-        self._called = True
         return methods.get(self._name).estimate(self._prepared(), self._goal.metric, passes, seed)
 
 

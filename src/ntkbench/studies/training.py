@@ -46,6 +46,8 @@ class Settings(base.Settings):
         read, parameters: the part of the network whose NTK is measured.
     """
 
+    USES = base.OF_TARGET
+
     task: Literal["flipflop", "delayed_response", "match_to_sample"] = "flipflop"
     kind: Literal["rnn", "gru", "lstm", "ctrnn"] = "rnn"
     N: PositiveInt = 20

@@ -71,6 +71,8 @@ class Settings(base.Settings):
             The remaining ones are left out after one whose call took over ``limits.patience_s``.
     """
 
+    USES = (*base.OF_TARGET, "seeds", "calls", "limits.patience_s")
+
     seeds: int = Field(50, ge=2)
     N: int = Field(32, ge=2)
     width: PositiveInt = 256

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import sys
-import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ntkbench import paths
+from ntkbench import outside, paths
 from ntkbench.ambient import own_settings
 from ntkbench.errors import BadInput, NtkbenchError
 from ntkbench.factory import make
@@ -26,9 +25,6 @@ from ntkbench.problems.base import Definition
 from ntkbench.problems.base.calls import as_module
 from ntkbench.problems.base.sequences import wrapped
 
-PACKAGE = Path(__file__).parents[2]
-INSTALLED = {"site-packages", "dist-packages"}
-"""Names of folders with installed packages, of the user or of the system."""
 DIGITS = {"float64": 6, "float32": 4}
 """Decimals of what a network computes, relative to its size, in which runs on one kind of machine agree."""
 
@@ -77,7 +73,7 @@ def describe(factory: str, folder: str, output: str) -> None:
     try:
         _, now = _made(factory, folder)
         own = sys.modules[factory.partition(":")[0]]
-        files = {file for module in list(sys.modules.values()) if (file := _file(module)) and _is_local(file)}
+        files = {file for module in list(sys.modules.values()) if (file := _file(module)) and outside.is_local(file)}
         files |= {file} if (file := _file(own)) else set()
         found = {"files": {str(file): _digest(file) for file in sorted(files)}, **now}
     except BadInput as error:
@@ -156,13 +152,6 @@ def _differ(now: Mapping[str, list[float]], known: Mapping[str, list[float]]) ->
 def _file(module: Any) -> Path | None:
     name = getattr(module, "__file__", None)
     return Path(name).resolve() if name and Path(name).is_file() else None
-
-
-def _is_local(file: Path) -> bool:
-    if INSTALLED & set(file.parts):
-        return False
-    installed = [PACKAGE, *(Path(sysconfig.get_paths()[kind]).resolve() for kind in ("stdlib", "purelib", "platlib"))]
-    return not any(file.is_relative_to(folder) for folder in installed)
 
 
 def _digest(file: Path) -> str:

@@ -114,6 +114,12 @@ def packed(definition: Definition, origin: str, theta_f: Weights) -> dict[str, n
     return {**arrays, "recipe": np.array(str(definition.training)), "origin": np.array(origin)}
 
 
+def cached(name: str) -> list[Path]:
+    """Files in the cache with trained weights of a problem, whatever their :func:`origin`."""
+    file = _cached_file(name, "*")
+    return sorted(file.parent.glob(file.name))
+
+
 def _cached_file(name: str, origin: str) -> Path:
     return paths.cache() / "weights" / f"{name}-{origin}.npz"
 

@@ -12,6 +12,7 @@ from ntkbench import methods, problems
 from ntkbench.errors import NtkbenchError
 from ntkbench.measure import journal as journals
 from ntkbench.measure import outcomes, timing
+from ntkbench.measure.settings import OF_TARGET as OF_TARGET
 from ntkbench.measure.settings import Settings as Settings
 from ntkbench.methods import Method
 from ntkbench.options import Target
@@ -72,8 +73,21 @@ def rows(
         measure: returns the other columns of each row.
         parts: the rows' own columns if the measurement fails; each of these rows has the reason.
     """
-    made = row(case, lambda: {"rows": measure()})
-    return [{**made, **own} for own in made.pop("rows", parts)]
+    return unfolded(row(case, lambda: {"rows": measure()}), parts)
+
+
+def unfolded(made: Row, parts: Sequence[Mapping[str, Any]] = ({},)) -> list[Row]:
+    """The rows of a table that an entry of the journal stands for: one, those of :func:`rows`, or none for times.
+
+    Args:
+        made: the entry; it stays as it is.
+        parts: as in :func:`rows`.
+    """
+    if isinstance(made.get("turns"), list):  # of in_turn, which adds the times to other rows
+        return []
+    if not isinstance(inside := made.get("rows"), list):
+        return [{**made, **part} for part in parts]
+    return [{name: value for name, value in made.items() if name != "rows"} | own for own in inside]
 
 
 def left_out(case: Mapping[str, Any], reason: str) -> Row:
@@ -94,11 +108,13 @@ class Turn(NamedTuple):
     """A call that is timed in turn with others.
 
     Attributes:
+        name: tells the call from others that may take turns with the same calls.
         row: gets the columns ``seconds``, with quartiles, and ``calls``.
         call: ends with a number on the host.
-        warm: makes the first call, which is not timed, unless this process has made it.
+        warm: makes the first call, which is not timed. It is not made for times from before.
     """
 
+    name: str
     row: Row
     call: Callable[[], Any]
     warm: Callable[[], Any]
@@ -107,7 +123,8 @@ class Turn(NamedTuple):
 def in_turn(case: Mapping[str, Any], turns: Sequence[Turn], rounds: int) -> list[list[float]]:
     """Time calls in turn, so that a temporary slowdown of the machine affects all of them.
 
-    A call that fails gives its row status and reason, and the others continue without it.
+    A call that fails gives its row status and reason, and the others continue without it. The journal's entry for the
+    times then has the same status, so that ``retry: failed`` times all of these calls again.
 
     Args:
         case: columns that distinguish these turns from the study's others.
@@ -131,13 +148,16 @@ def in_turn(case: Mapping[str, Any], turns: Sequence[Turn], rounds: int) -> list
             guarded(i, turn.warm)
         calls = [functools.partial(guarded, i, turn.call) for i, turn in enumerate(turns)]
         times = timing.in_turn(calls, rounds)
-        return {"times": [failed.get(i) or own for i, own in enumerate(times)]}
+        found: dict[str, Any] = {"times": [failed.get(i) or own for i, own in enumerate(times)]}
+        # If several failed, a status that another attempt may change counts.
+        ends = sorted(failed.values(), key=lambda end: end["status"] not in outcomes.PASSING)
+        return found | (ends[0] if ends else {})
 
     if not turns:
         return []
-    made = row({**case, "turns": len(turns)}, measure)
-    ended = {key: made[key] for key in ("status", "reason")}
-    found = made["times"] if made["status"] == outcomes.OK else [ended] * len(turns)
+    made = row({**case, "turns": [turn.name for turn in turns]}, measure)
+    ended, times = {key: made[key] for key in ("status", "reason")}, made.get("times", [])
+    found = times if made["status"] == outcomes.OK or ended in times else [ended] * len(turns)
     for turn, own in zip(turns, found, strict=True):
         turn.row.pop("seconds", None)
         turn.row.update(own if isinstance(own, dict) else {**timing.quartiles("seconds", own), "calls": len(own)})
@@ -154,14 +174,14 @@ class Once(Generic[T]):
         """``make`` is called at most once."""
         self._make: Callable[[], T] | None = make
         self._made: T
-        self._error: Exception | None = None
+        self._error: Exception | SystemExit | None = None
 
     def __call__(self) -> T:
         if self._make:
             make, self._make = self._make, None
             try:
                 self._made = make()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._error = error
         if self._error:
             raise self._error.with_traceback(None)

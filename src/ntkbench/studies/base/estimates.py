@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -42,11 +42,23 @@ class Settings(base.Settings):
 
     Attributes:
         seeds: number of seeds of an estimator. Each gives an estimate; all but the first are timed.
+    """
+
+    USES: ClassVar[tuple[str, ...]] = (*base.OF_TARGET, "seeds")
+
+    seeds: int = Field(20, ge=2)
+
+
+class WithBaselines(Settings):
+    """Settings of a study of estimators and exact methods.
+
+    Attributes:
         direct_share: share of Theta's columns on which the baselines by columns are timed, rounded up to whole blocks.
             Seconds of all columns are extrapolated from them.
     """
 
-    seeds: int = Field(20, ge=2)
+    USES = (*Settings.USES, "calls")
+
     direct_share: float = Field(1.0, gt=0, le=1)
 
 
@@ -117,7 +129,7 @@ def stochastic(
         yield base.row(case, functools.partial(measure, m, first_seed + i * settings.seeds))
 
 
-def baseline(settings: Settings, subject: Subject, metric: str, name: str, **columns: Any) -> base.Row:
+def baseline(settings: WithBaselines, subject: Subject, metric: str, name: str, **columns: Any) -> base.Row:
     """A row for an exact method; ``share`` is the share of the work that was timed.
 
     Args:
@@ -149,7 +161,7 @@ def baseline(settings: Settings, subject: Subject, metric: str, name: str, **col
 _MEASURED: dict[tuple[str, str, Target, bool, float, int], tuple[Timed, float]] = {}
 
 
-def _columns_of_theta(settings: Settings, problem: Problem, one_by_one: bool) -> tuple[Timed, float]:
+def _columns_of_theta(settings: WithBaselines, problem: Problem, one_by_one: bool) -> tuple[Timed, float]:
     """Seconds of products of Theta with basis vectors, and their share of all n.
 
     Measured once per problem in this process: the metrics other than the alignment come from the same products.

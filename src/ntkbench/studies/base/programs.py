@@ -135,9 +135,7 @@ def timed_engine(module: nn.Module, x: np.ndarray, target: Target, calls: int) -
         return float(kernel.kernel(parameters, inputs).sum())
 
     columns = timing.timed(call, calls).columns()
-    operators.reset_device_memory(target)
-    peak = timing.peak_bytes(call)  # not of the first call: tracing takes more
-    memory = operators.device_memory(target)
-    if memory is None and peak is not None:
-        memory = peak + sum(w.numel() * w.element_size() for w in (*parameters, inputs))
+    memory = timing.peak_bytes_on(target, call)  # not of the first call: tracing takes more
+    if memory is not None and operators.device_memory(target) is None:
+        memory += sum(w.numel() * w.element_size() for w in (*parameters, inputs))
     return columns | {"memory_bytes": memory}

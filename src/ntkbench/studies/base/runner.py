@@ -28,8 +28,9 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
     """Measure a study; its table goes to ``output``, even if rows fail.
 
     Finished rows are kept in a journal beside it. A separate process measures. If a row exceeds a limit, or the process
-    dies, that row gets the reason, and another process continues with the next row. Rows of a study with seconds that
-    another kind of machine or device made are measured again.
+    dies, that row gets the reason, and another process continues with the next row. If that happens between rows,
+    another process continues as long as each of them finishes a row. Rows of a study with seconds that another kind of
+    machine or device made are measured again.
 
     Raises:
         BadInput: the configuration has no such study.
@@ -44,6 +45,7 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
         rows.forget_begun()  # by an earlier run, possibly with other settings
         if config.retry == "failed":
             rows.drop(outcomes.PASSING)
+        known = len(rows.rows(fingerprints.study(config, name)))
     with watchdog.step() as mark, Progress(output.parents[1], f"study-{name}", 0) as progress:
         output.unlink(missing_ok=True)  # so that any table there is from this run
         progress.begin("measuring")
@@ -60,14 +62,20 @@ def measure(config: Config, config_file: Path, name: str, output: Path) -> None:
                 if code == outcomes.KILLED and not watch.verdict and key not in killed:
                     killed.add(key)  # by something else; the row is tried once more
                     continue
-                whence = _whence(_settings(config, name))
+                whence, made_for = _whence(_settings(config, name)), fingerprints.study(config, name)
+                entries = rows.rows(made_for)
                 if key is None:
+                    if len(entries) > known:
+                        known = len(entries)
+                        continue
                     place = _place(name, whence)
-                    made = [row for row in rows.rows(fingerprints.study(config, name)) if place.items() <= row.items()]
+                    here = [entry for entry in entries if place.items() <= entry.items()]
+                    made = [row for entry in here for row in studies.base.unfolded(entry)]
                     _write(config, name, output, [*made, outcome.columns()])
                     break
                 case = json.loads(key[: key.rindex("}") + 1])
-                rows.finish(key, fingerprints.study(config, name), {**case, **outcome.columns(), **whence})
+                rows.finish(key, made_for, {**case, **outcome.columns(), **whence})
+                known = len(rows.rows(made_for))
         with contextlib.suppress(OSError, ValueError):
             progress.measured = float(_measured(output).read_text(encoding="utf-8"))
 
@@ -116,7 +124,8 @@ def measure_rows(config: Config, name: str, output: Path) -> None:
                 timing.use_threads(chosen.threads, pinned=studies.is_timed(name))
                 table = studies.run(name, chosen).to_dict("records")
             except Exception as error:
-                table = [*rows.made, outcomes.of_exception(error).columns()]
+                made = [row for entry in rows.made for row in studies.base.unfolded(entry)]
+                table = [*made, outcomes.of_exception(error).columns()]
         if fingerprints.study(config, name) != made_for:
             rows.take_back(outcomes.EDITED.columns())
             table = [row | outcomes.EDITED.columns() for row in table]

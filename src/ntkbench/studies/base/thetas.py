@@ -39,3 +39,8 @@ class Theta:
         """``[n, n]`` in float64, rows sample-major; O passes."""
         made = self._end.engine.kernel(self._end.parameters, self._end.x)
         return np.array(arrays.to_numpy(made, np.float64))
+
+
+def pooled(theta: np.ndarray, outputs: int) -> np.ndarray:
+    """The pNTK of a kernel between all outputs of all samples ``[n, n]``, ``[N, N]``."""
+    return theta.reshape(len(theta) // outputs, outputs, -1, outputs).sum((1, 3)) / outputs
