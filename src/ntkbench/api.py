@@ -521,7 +521,9 @@ def compare(
     compare their errors before their seconds.
 
     Cost: for each method a first call, which prepares it and is not timed, and ``calls`` timed ones, which are
-    interleaved with those of the other methods. Seconds are unreliable if the machine does other work at the same time.
+    interleaved with those of the other methods. Stochastic methods and ``auto`` make ``calls`` more that are not timed,
+    as each seed may take another number of probes, and another program. Seconds are unreliable if the machine does
+    other work at the same time.
 
     >>> import torch, ntkbench
     >>> methods = ["structured_derivatives", "hutchinson"]

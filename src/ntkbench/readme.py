@@ -358,7 +358,7 @@ def choices(tables: Tables) -> str:
                 "all" if problem == "all" else f"`{problem}`",
                 str(len(here)),
                 str(here["within"].sum()),
-                str(here["ratio"].isna().sum()),
+                str(here["method"].isna().sum()),
                 str((~here["reached"]).sum()),
                 *_worst(here[here["ratio"].notna()]),
             ]

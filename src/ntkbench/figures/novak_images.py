@@ -187,11 +187,13 @@ def published(table: pd.DataFrame) -> pd.DataFrame:
 def _caption(table: pd.DataFrame, plotted: pd.DataFrame) -> str:
     middle = plotted[plotted["method"].isin(set(NAMES) - {OURS})].groupby("quantity")["ratio"].median()
     said = [f"{labels.rounded(ratio)} in {'operations' if q == 'flops' else q}" for q, ratio in middle.items()]
+    left_out = _left_out(table)
     return labels.fitted(
         "Operations and seconds of each program for the whole NTK over those of structured derivatives here.",
         f"Medians of neural-tangents: {', '.join(said)}." if said else "",
+        *left_out[:1],
         _fewest(_wide(base.measured(table, "flops_per_entry"), "flops")),
-        *_left_out(table),
+        *left_out[1:],
     )
 
 
