@@ -367,7 +367,7 @@ def test_the_alignment_with_a_matrix_does_not_depend_on_the_memory(case, memory)
         assert found.standard_error is None and found.rounding > 0
 
 
-@pytest.mark.parametrize("memory", [None, 2000])
+@pytest.mark.parametrize("memory", [None, 34 * (N * O) ** 2])
 @pytest.mark.parametrize("case", ["written out", "traced", "interacting", "contradicted"])
 def test_results_from_all_of_theta_state_the_passes_spent(monkeypatch, case, memory):
     """Including those of failed methods, which the notes name."""
@@ -397,8 +397,27 @@ def test_results_from_all_of_theta_state_the_passes_spent(monkeypatch, case, mem
 def test_eigenvalues_use_products_where_a_decomposition_does_not_fit(monkeypatch):
     """Theta itself would fit twice."""
     monkeypatch.setattr(spectrum, "of_matrix", lambda *given: pytest.fail("it holds four matrices"))
-    found = ntkbench.Kernel(net(), X, memory=2 * 8 * (N * O) ** 2).eigenvalues(3, rtol=1e-6)
+    found = ntkbench.Kernel(net(), X, memory=34 * (N * O) ** 2).eigenvalues(3, rtol=1e-6)
     np.testing.assert_allclose(found.values, torch.linalg.eigvalsh(theta(net())).flip(0)[:3], rtol=1e-8)
+
+
+def test_eigenvalues_use_products_where_a_sample_has_many_outputs():
+    """The kernel takes a pass for each output of a sample."""
+    made = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 300)).double()
+    kernel = ntkbench.Kernel(made, X[:2])
+    found = kernel.eigenvalues(1)
+    assert found.passes < 300
+    assert abs(found.values[0] - np.linalg.eigvalsh(theta(made, X[:2]))[-1]) <= found.errors[0]
+    assert kernel.eigenvalues().passes < 300 <= kernel.spectrum().passes
+
+
+def test_the_default_number_of_eigenvalues_fits_in_memory():
+    kernel = ntkbench.Kernel(net(), X, memory=34 * (N * O) ** 2)
+    assert len(kernel.eigenvalues().values) == 10
+    wide = ntkbench.Kernel(nn.Linear(4, 1).double(), torch.randn(100, 4, dtype=torch.float64), memory=100_000)
+    assert len(wide.eigenvalues().values) == lanczos.most(100, 100_000) == 6
+    with pytest.raises(ntkbench.OverMemory, match=r"top=7 needs .* enough for top=6"):
+        wide.eigenvalues(7)
 
 
 BUDGETED = [method.name for method in map(methods.get, methods.names()) if method.takes_passes]

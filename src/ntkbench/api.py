@@ -341,10 +341,10 @@ def spectrum(
 
     If five matrices of the size of Theta fit in ``memory`` (up to about 5000 outputs in 1 GiB), Theta is decomposed:
     everything is exact up to rounding, and ``errors`` bound the rounding. Otherwise products with J and J^T are used.
-    Block Lanczos gives the top eigenvalues, each within its residual of an eigenvalue. Stochastic Lanczos quadrature
-    gives the density, the entropy and the determinant. Ritz values bound the smallest eigenvalue only from above, so
-    that ``condition_bounds`` have only a lower end. With fewer parameters than outputs Theta is singular, and the
-    condition number infinite.
+    Block Lanczos gives the top eigenvalues. Their errors exclude that larger ones are missing, except with a
+    probability of 0.1 % each, or a note says that they may be. Stochastic Lanczos quadrature gives the density, the
+    entropy and the determinant. Ritz values bound the smallest eigenvalue only from above, so that ``condition_bounds``
+    have only a lower end. With fewer parameters than outputs Theta is singular, and the condition number infinite.
 
     Cost: that of :func:`ntk`, O(n^3) operations on the host and 2 passes; by products 2 (top + 4) passes for each step
     of block Lanczos, after at most 400 for the density.
@@ -359,8 +359,8 @@ def spectrum(
 
     Args:
         model, x: network and inputs; see :class:`ntkbench.Kernel`.
-        top: number of eigenvalues; by default 10, or all if there are fewer.
-        rtol: residual, relative to each of the largest eigenvalues, at which the iteration stops. Not used if Theta is
+        top: number of eigenvalues; by default 10, or fewer if there are fewer or memory holds fewer.
+        rtol: error, relative to each of the largest eigenvalues, at which the iteration stops. Not used if Theta is
             decomposed.
         passes: maximum number of passes of products.
         seed: seed of the random vectors of products.
@@ -374,6 +374,7 @@ def spectrum(
 
     Raises:
         BadInput: an argument cannot be used, or no method can compute the kernel; says why.
+        OverMemory: ``memory`` does not hold so many eigenvectors.
         Unavailable: the device is not available.
     """
     found: Spectrum = _use(model, x, setup, (), lambda k, _: k.spectrum(top, rtol=rtol, passes=passes, seed=seed), ())

@@ -52,8 +52,13 @@ WRITTEN_OUT = 2**22
 """Entries of J up to which writing it out is faster than tracing the network, at the first use of a kernel."""
 
 SMALL = 1024
-"""Largest number of outputs for which :meth:`Kernel.eigenvalues` decomposes the whole matrix."""
+"""Largest n for which :meth:`Kernel.eigenvalues` decomposes the whole matrix."""
 
+STEPS = 8
+"""Steps of block Lanczos whose passes :meth:`Kernel.eigenvalues` spends on the whole matrix at most."""
+
+TOP = 10
+"""Default number of eigenvalues."""
 
 DECOMPOSED = 4
 """Number of float64 matrices that the eigenvalue decomposition of Theta holds, Theta included."""
@@ -426,25 +431,32 @@ class Kernel:
     ) -> Eigenvalues:
         """The largest eigenvalues of Theta, in descending order; a small Theta is decomposed as a whole.
 
-        Cost: that of :meth:`ntk` and 2 passes for up to 1024 outputs if the decomposition fits in memory (see
-        :func:`ntkbench.estimators.spectrum.of_matrix`); else about 2 (top + 4) passes for each step of a block Krylov
-        method (see :func:`ntkbench.estimators.lanczos.largest`).
+        Cost: that of :meth:`ntk` and 2 passes if n and the outputs of a sample are few and the decomposition fits in
+        memory (see :func:`ntkbench.estimators.spectrum.of_matrix`); else about 2 (top + 4) passes for each step of a
+        block Krylov method (see :func:`ntkbench.estimators.lanczos.largest`).
 
         Args:
-            top: number of eigenvalues; by default 10, or all if there are fewer.
-            rtol: residual, relative to each eigenvalue, at which the iteration stops.
+            top: number of eigenvalues; by default 10, or fewer if there are fewer or memory holds fewer.
+            rtol: error, relative to each eigenvalue, at which the iteration stops.
             passes: maximum number of passes of products.
             seed: seed of the first block.
 
         Returns:
-            ``values [top]``, ``errors [top]`` (each value is within that distance of an eigenvalue, including the
-            expected rounding of the network's own passes), ``passes``.
+            ``values [top]``, ``errors [top]`` (each value is within that distance of the eigenvalue with the same
+            index, including the expected rounding of the network's own passes; see
+            :class:`ntkbench.estimators.lanczos.Eigenvalues`), ``passes``.
+
+        Raises:
+            BadInput: the first step takes more than ``passes``.
+            OverMemory: memory does not hold so many eigenvectors.
         """
         from ntkbench.estimators import lanczos
         from ntkbench.operators import linearise
 
         top, passes, seed = self._asked_spectrum(top, rtol, passes, seed)
-        if self.problem.n <= SMALL and (found := self._decomposed(top)) is not None:
+        n, O = self.problem.n, self.problem.O  # noqa: E741 - the field's symbol
+        few = n <= SMALL and min(O, self.problem.P) <= STEPS * 2 * (top + lanczos.EXTRA)
+        if few and (found := self._decomposed(top)) is not None:
             return lanczos.Eigenvalues(found.values, found.errors, found.passes, found.notes)
         with self._settings():
             ladder.check_range(self.problem, ("norm",), self._target)
@@ -476,23 +488,26 @@ class Kernel:
 
         if (whole := self._whole(DECOMPOSED)) is None:
             return None
-        theta, spent, notes = whole
+        theta, spent, notes, certificate = whole
         with self._settings():
             j = linearise(self.problem, "theta_0", self._target)
-            found = spectrum.of_matrix(theta, j, top, spent)
+            found = spectrum.of_matrix(theta, j, top, spent, certificate)
         return replace(found, notes=tuple(dict.fromkeys((*notes, *found.notes))))
 
     def _asked_spectrum(self, top: int | None, rtol: float, passes: int, seed: int) -> tuple[int, int, int]:
         """The number of eigenvalues, the passes and the seed, checked."""
-        top = min(10, self.problem.n) if top is None else options.positive("top", top)
+        from ntkbench.estimators import lanczos
+
+        most = max(lanczos.most(self.problem.n, self._target.memory), 1)
+        top = min(TOP, self.problem.n, most) if top is None else options.positive("top", top)
         passes, seed = options.positive("passes", passes), options.seed(seed)
         Options(rtol=rtol)
         if top > self.problem.n:
             raise BadInput(f"top must be at most n = {self.problem.n}, the number of outputs, got {top}")
         return top, passes, seed
 
-    def _whole(self, matrices: int) -> tuple[np.ndarray, float, tuple[str, ...]] | None:
-        """Theta in float64 on the host, the passes spent on it, and notes.
+    def _whole(self, matrices: int) -> tuple[np.ndarray, float, tuple[str, ...], float | None] | None:
+        """Theta in float64 on the host, the passes spent on it, notes, and its certificate.
 
         It is ``None`` if this number of float64 matrices does not fit in memory beside the kernel.
         """
@@ -504,8 +519,7 @@ class Kernel:
         with self._settings():
             part, ledger = self._in_parts(p, None, sample_kernels.get("full"), 0)
             theta = to_numpy(self._at_once(part, p, p.O), np.float64)
-        spent, notes, _ = ledger()
-        return theta, spent, notes
+        return (theta, *ledger())
 
     def solve(self, y: Any, *, ridge: float, rtol: float = 1e-5, passes: int = 4096, seed: int = 0) -> Solution:
         """(Theta + ridge I)^-1 y with its residual; see :func:`ntkbench.solve`."""
@@ -523,7 +537,7 @@ class Kernel:
         size = _largest(right) or 1.0  # the squares of a norm may overflow or underflow
         unit = right.reshape(-1) / size
         if (whole := self._whole(FACTORED)) is not None:
-            theta, spent, notes = whole
+            theta, spent, notes, _ = whole
             target = self._precise()
             with self._source.settings(target, self._index):
                 j = linearise(self.problem, "theta_0", target)

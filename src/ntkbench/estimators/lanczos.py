@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtri
+from scipy.special import gammaln, ndtri
 
-from ntkbench.errors import BadInput
+from ntkbench.errors import BadInput, OverMemory
 from ntkbench.estimate import rounding_bound
 from ntkbench.estimators.deflation import new_directions
 from ntkbench.operators import Array, JacobianOperator
@@ -223,7 +223,9 @@ class Eigenvalues:
 
     Attributes:
         values: in descending order, ``[top]``.
-        errors: each value is within this distance of an eigenvalue, ``[top]``.
+        errors: each value is within this distance of the eigenvalue with the same index, ``[top]``. By products this
+            fails for each index with a probability of at most :data:`MISSED`, unless a note says that larger
+            eigenvalues may be missing; some eigenvalue is always that near.
         passes: passes spent.
         notes: a remark if the tolerance was not reached.
     """
@@ -241,9 +243,13 @@ class Ritz:
     Attributes:
         values: in descending order, ``[top]``.
         residuals: ||Theta v - lambda v|| of each, ``[top]``: there is an eigenvalue within that distance.
+        errors: distance within which the eigenvalue with the same index is, ``[top]``, except with a probability of
+            :data:`MISSED`, and at least the residual; the residual alone if a note says that larger eigenvalues may be
+            missing. See :func:`ritz_pairs`.
         vectors: orthonormal rows, ``[top, n]``.
         following: the next smaller Ritz value and its residual; ``None`` if there is none.
         smallest: the smallest Ritz value found: up to rounding, an upper bound on lambda_min.
+        whole: whether the Krylov space is all of R^n, so that ``smallest`` is lambda_min up to rounding.
         rounding: upper bound on what rounding of the products adds to a residual.
         passes: passes spent.
         notes: a remark if the tolerance was not reached.
@@ -251,9 +257,11 @@ class Ritz:
 
     values: np.ndarray
     residuals: np.ndarray
+    errors: np.ndarray
     vectors: np.ndarray
     following: tuple[float, float] | None
     smallest: float
+    whole: bool
     rounding: float
     passes: float
     notes: tuple[str, ...]
@@ -268,77 +276,192 @@ NOISE = 100
 HELD = 4
 """Host vectors in float64 per vector of the Krylov space: itself, its image, and a copy of both during a move."""
 
+FEWEST = 3
+"""Blocks that the Krylov space has before a restart, at least."""
+
+DOUBLINGS = 80
+"""Distances to a Ritz value that are tried, each twice the one before."""
+
+MISSED = 1e-3
+"""Largest probability, for each index, that an eigenvalue is outside the stated error."""
+
 
 def largest(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Eigenvalues:
     """The largest eigenvalues of Theta; see :func:`ritz_pairs`, which also returns their eigenvectors.
 
-    The errors are the residuals plus the rounding of the products.
+    The errors include the rounding of the products.
     """
     found = ritz_pairs(j, top, rtol=rtol, passes=passes, seed=seed)
-    return Eigenvalues(found.values, found.residuals + found.rounding, found.passes, found.notes)
+    return Eigenvalues(found.values, found.errors + found.rounding, found.passes, found.notes)
+
+
+def most(n: int, memory: int) -> int:
+    """The largest ``top`` of :func:`ritz_pairs` whose Krylov space fits in ``memory`` bytes; 0 if there is none."""
+    held = memory // (HELD * 8 * n)
+    return n if held >= n else max(held // FEWEST - EXTRA, 0)
+
+
+def first_step(j: JacobianOperator, top: int) -> int:
+    """Passes of the first step of :func:`ritz_pairs`, which is the smallest budget."""
+    return min(top + EXTRA, j.n) * (1 + j.passes_per_jvp())
 
 
 def ritz_pairs(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Ritz:
     """The largest eigenvalues of Theta = J J^T and their eigenvectors by block Lanczos with full reorthogonalisation.
 
     The block has ``top`` + 4 random vectors, so that multiple eigenvalues are found. The iteration stops when the
-    residual of each of the ``top`` largest Ritz values is at most ``rtol`` times the value, or when residual and value
-    are both within the rounding of the largest value. With the residual r = Theta v - lambda v, an eigenvalue is within
-    ||r|| of lambda.
+    error of each of the ``top`` largest Ritz values is at most ``rtol`` times the value, or when residual and value are
+    both within the rounding of the largest value.
+
+    With the residual r = Theta v - lambda v, some eigenvalue is within ||r|| of lambda. A larger eigenvalue may still
+    be missing from the Krylov space. Let the rows of Q be its orthonormal basis, H = Q Theta Q^T and F = Q Theta - H Q.
+    An eigenpair (x, u) of Theta has (x I - H) Q u = F u, so the part of u in the first block is no longer than
+    ||E^T (x I - H)^-1 F||, where E selects the first block. That part is random. With a probability of at most
+    ``MISSED`` it is shorter than :func:`_overlap` for some u in the space of the i largest eigenvalues. Values of x for
+    which it would have to be shorter are therefore excluded, and the error reaches up to the first excluded value.
 
     Costs 2 (top + 4) passes per step. The Krylov space and its image are held in float64 on the host. If they would
     take more than ``j.memory``, the iteration restarts from the ``top`` + 4 largest Ritz vectors; at least three blocks
-    are held.
+    are held. After a restart the first block is no longer in the Krylov space, so missing eigenvalues are not excluded:
+    errors are the residuals, and a note has the values excluded before.
 
     Source: Cullum, Donath 1974; Golub, Underwood 1977; the residual bound: Parlett 1980, theorem 4.5.1; the restart:
-    Wu, Simon 2000.
+    Wu, Simon 2000; random first vectors: Kuczynski, Wozniakowski 1992, whose bound holds a priori, while the one used
+    here takes account of the Ritz values found.
 
     Args:
         j: J.
         top: number of eigenvalues; at most n.
-        rtol: largest residual, relative to each value.
-        passes: maximum number of passes; the first step is always taken.
+        rtol: largest error, relative to each value.
+        passes: maximum number of passes.
         seed: seed of the first block.
 
     Raises:
-        BadInput: products are not finite.
+        BadInput: products are not finite, or the first step takes more than ``passes``.
+        OverMemory: three blocks do not fit in ``j.memory``.
     """
     before, block, smallest, trace = j.passes, min(top + EXTRA, j.n), math.inf, 0.0
-    most = max(3 * block, j.memory // (HELD * 8 * j.n))
+    if passes < (least := first_step(j, top)):
+        raise BadInput(f"top={top} takes at least {least} passes, got passes={passes}")
+    held, fits = j.memory // (HELD * 8 * j.n), most(j.n, j.memory)
+    if top > fits:
+        needed = HELD * 8 * j.n * min(FEWEST * block, j.n)
+        raise OverMemory(
+            f"top={top} needs {needed} bytes for the Krylov space; memory is {j.memory}, enough for "
+            + (f"top={fits}" if fits else "none")
+        )
     new = to_numpy(j.rng(seed).normal(block, j.n), np.float64)
     like = j.basis(0, 1)
     basis, images, vectors = np.empty((0, j.n)), np.empty((0, j.n)), np.empty((0, 0))
+    last, above = 0, None
     while True:
         lengths = np.linalg.norm(new, axis=1, keepdims=True)
         new = new_directions(new / np.where(lengths > 0, lengths, 1.0), basis, epsilon(like) if len(basis) else None)
         if len(new) == 0:  # the Krylov space is exhausted
             break
-        if len(basis) + len(new) > most:
+        if len(basis) + len(new) > held:
+            if above is None:
+                above = _excluded(basis, images, last, block, top, rtol)
             basis, images = vectors[:, :block].T @ basis, vectors[:, :block].T @ images
-        spent = j.passes
-        image = _finite(to_numpy(j.ntk(asarray_like(new, like)), np.float64))
+        spent, last = j.passes, len(new)
+        new_images = _finite(to_numpy(j.ntk(asarray_like(new, like)), np.float64))
         step = j.passes - spent  # 2 for each vector, or 3 without forward mode
         if not len(basis):  # random directions: the mean of v^T Theta v is tr Theta / n
-            trace = float((new * image).sum()) * j.n / len(new)
-        basis, images = np.concatenate([basis, new]), np.concatenate([images, image])
+            trace = float((new * new_images).sum()) * j.n / last
+        basis, images = np.concatenate([basis, new]), np.concatenate([images, new_images])
         projected = basis @ images.T
         values, vectors = np.linalg.eigh((projected + projected.T) / 2)
         values, vectors = values[::-1], vectors[:, ::-1]
         trace = max(trace, float(values.sum()))
         smallest = min(smallest, float(values[-1]))
-        chosen = vectors[:, : top + 1]
-        residuals = np.linalg.norm(chosen.T @ images - values[: top + 1, None] * (chosen.T @ basis), axis=1)
-        noise = NOISE * epsilon(like) * values[0]
-        good = (residuals <= rtol * values[: top + 1]) | (np.maximum(residuals, values[: top + 1]) <= noise)
-        reached = bool(good[:top].all())
-        if reached or len(basis) == j.n or j.passes - before + step > passes:
+        first, chosen = values[: top + 1], vectors[:, : top + 1]
+        residuals = np.linalg.norm(chosen.T @ images - first[:, None] * (chosen.T @ basis), axis=1)
+        ends = len(basis) == j.n or j.passes - before + step > passes
+        errors, tiny = residuals, np.maximum(residuals, first) <= NOISE * epsilon(like) * values[0]
+        if above is None and (ends or (tiny | (errors <= rtol * first))[:top].all()):
+            errors = np.maximum(errors, _excluded(basis, images, last, block, top, rtol) - first)
+        near = (tiny | (errors <= rtol * first))[:top]
+        if ends or near.all():
             break
-        new = image
-    following = (float(values[top]), float(residuals[top])) if len(values) > top else None
-    values, residuals, spent = values[:top].copy(), residuals[:top], j.passes - before
-    short = [f"{v:.3g} within {r:.1g}" for v, r, fine in zip(values, residuals, good[:top], strict=True) if not fine]
-    notes = (f"rtol={rtol:g} was not reached in {spent:g} passes: {', '.join(short)}",) if short else ()
-    return Ritz(values, residuals, vectors[:, :top].T @ basis, following, smallest, rounding(j) * trace, spent, notes)
+        new = new_images
+    spent = j.passes - before
+    short = [f"{v:.3g} within {r:.1g}" for v, r, fine in zip(first, errors, near, strict=False) if not fine]
+    notes = [f"rtol={rtol:g} was not reached in {spent:g} passes: {', '.join(short)}"] if short else []
+    if above is not None:
+        notes.append(
+            f"memory={j.memory} holds {held} vectors of length {j.n}: errors are those of the eigenvalues found, and "
+            f"larger ones may be missing below {above[0]:.3g}"
+        )
+    return Ritz(
+        first[:top].copy(),
+        residuals[:top],
+        errors[:top],
+        vectors[:, :top].T @ basis,
+        (float(first[top]), float(errors[top])) if len(first) > top else None,
+        smallest,
+        len(basis) == j.n,
+        rounding(j) * trace,
+        spent,
+        tuple(notes),
+    )
+
+
+def _excluded(basis: np.ndarray, images: np.ndarray, last: int, block: int, top: int, rtol: float) -> np.ndarray:
+    """Values that no eigenvalue of the same index exceeds, ``[top + 1]``, except with a probability of ``MISSED`` each.
+
+    See :func:`ritz_pairs`. Values are tried in steps of a factor of 2 of their distance to the Ritz value.
+
+    Args:
+        basis: orthonormal basis of the Krylov space, whose first ``block`` rows are the first block.
+        images: their products with Theta.
+        last: number of rows of the last block.
+        block: size of the first block.
+        top: number of eigenvalues; there is one more value if the Krylov space has one.
+        rtol: a relative distance that is tried as well.
+    """
+    n, projected = basis.shape[1], basis @ images.T
+    values, vectors = np.linalg.eigh((projected + projected.T) / 2)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    first = values[: top + 1]
+    outside = images - projected @ basis  # F, of which all but the last block is rounding
+    if len(basis) == n or not outside.any():
+        return first
+    rest = float(np.linalg.norm(outside[:-last]))
+    triangle = np.asarray(np.linalg.qr(outside[-last:].T, "r")).T
+    residuals = np.linalg.norm(vectors[:, : top + 1].T @ outside, axis=1)
+    above = np.full(len(first), math.inf)
+    for i, (value, residual) in enumerate(zip(first, residuals, strict=True)):
+        nearest = max(float(residual), np.finfo(np.float64).eps * abs(values[0]), np.finfo(np.float64).tiny)
+        least = _overlap(n, block, i + 1)
+        for distance in sorted({max(rtol * value, nearest), *(nearest * 2.0**k for k in range(DOUBLINGS))}):
+            if not (value + distance - values).all():
+                continue
+            part = vectors[:block] / (value + distance - values)
+            longest = np.linalg.norm(part @ vectors[-last:].T @ triangle, 2) + np.linalg.norm(part) * rest
+            if longest < least:
+                above[i] = value + distance
+                break
+    return above
+
+
+def _overlap(n: int, block: int, index: int) -> float:
+    """Length of the part in a random block of any unit vector of a subspace, except with probability ``MISSED``.
+
+    The least singular value of a Gaussian matrix ``[block, index]`` has the density that is bounded below, and the
+    largest one of a Gaussian ``[block, n]`` is at most sqrt(n) + sqrt(block) + sqrt(2 log(1 / p)).
+
+    Source: Edelman 1988, proposition 5.1; Davidson, Szarek 2001, theorem 2.13.
+
+    Args:
+        n: dimension of the space.
+        block: number of random vectors, orthonormalised.
+        index: dimension of the subspace; at most ``block``.
+    """
+    free, p = block - index + 1, MISSED / 2
+    constant = (math.log(math.pi) - free * math.log(2)) / 2 + gammaln((block + 1) / 2)
+    constant -= gammaln(index / 2) + gammaln(free / 2) + gammaln((free + 1) / 2)
+    least = math.exp((math.log(p * free / 2) - constant) / free)  # the square root of the least eigenvalue
+    return least / (math.sqrt(n) + math.sqrt(block) + math.sqrt(2 * math.log(1 / p)))
 
 
 def density(j: JacobianOperator, *, probes: int = 4, steps: int = 30, seed: int = 0) -> Density:
@@ -412,12 +535,21 @@ def density(j: JacobianOperator, *, probes: int = 4, steps: int = 30, seed: int 
     )
 
 
-def rounding(j: JacobianOperator) -> float:
+def rounding(j: JacobianOperator, certificate: float | None = None) -> float:
     """The expected rounding error of Theta in the Frobenius norm, relative to its trace.
 
     An entry <g, g'> is accurate to that share of ||g|| ||g'||, and the squares of these add up to (tr Theta)^2.
+
+    Args:
+        j: J.
+        certificate: of Theta itself, if it is not from products.
     """
-    return rounding_bound("norm", epsilon(j.basis(0, 1)), max(j.n, j.P), j.certificate)
+    return rounding_bound("norm", epsilon(j.basis(0, 1)), max(j.n, j.P), larger(j.certificate, certificate))
+
+
+def larger(certificate: float | None, other: float | None) -> float | None:
+    """The larger of two certificates; ``None`` if there is none."""
+    return max((each for each in (certificate, other) if each is not None), default=None)
 
 
 def _quadrature(matrices: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ import scipy.linalg
 import scipy.sparse.linalg
 
 from ntkbench.errors import BadInput
+from ntkbench.estimators import lanczos
 from ntkbench.operators import JacobianOperator
 from ntkbench.operators.arrays import asarray_like, epsilon, to_numpy
 from ntkbench.units import counted
@@ -45,8 +46,8 @@ class Solution:
     Attributes:
         values: x, in the shape of y.
         residual: ||(Theta + ridge I) x - y|| / ||y||, always from products with J and J^T.
-        error: upper bound on ||x - exact||: residual * ||y|| / ridge, up to rounding of those products, as Theta is
-            positive semidefinite; infinite if the ridge is 0.
+        error: upper bound on ||x - exact||, as Theta is positive semidefinite: (residual * ||y|| + rounding) / ridge
+            with the expected rounding of those products; infinite if the ridge is 0.
         ridge: constant added to the eigenvalues of Theta.
         iterations: number of iterations of conjugate gradients, or of refinements of the Cholesky solution.
         passes: passes spent.
@@ -134,8 +135,8 @@ def of_matrix(
         BadInput: Theta + ridge I is not positive definite up to rounding (the message says which ridge suffices), or
             the residual stays above ``rtol``.
     """
-    before = j.passes
-    enough = max(SAFETY * eps * float(np.trace(theta)) / rtol, 2 * ridge)
+    before, trace = j.passes, float(np.trace(theta))
+    enough = max(SAFETY * eps * trace / rtol, 2 * ridge)
     theta = np.require(theta, requirements="W")  # an array of JAX is not writeable
     theta[np.diag_indices(j.n)] += ridge
     size = float(np.linalg.norm(theta, 1))
@@ -153,7 +154,7 @@ def of_matrix(
     x, rest, rounds = _refined(
         lambda rest: scipy.linalg.cho_solve(factor, rest, check_finite=False), _shifted(j, ridge), y, rtol
     )
-    found = _solution(x, rest, y, ridge, max(rounds - 1, 0), passes + j.passes - before, "cholesky", j)
+    found = _solution(x, rest, y, ridge, max(rounds - 1, 0), passes + j.passes - before, "cholesky", j, trace)
     return _converged(found, rtol, eps, f"a ridge of {enough:.1g} or more")
 
 
@@ -174,7 +175,8 @@ def of_operator(
     (lambda_33 + ridge) / (lambda_min + ridge). If the residual of the recurrence differs from that of products, the
     iteration restarts from the latter, as long as each start halves it.
 
-    Costs 2 passes for each rank of the preconditioner, for each iteration, and for the residual after each start.
+    Costs 2 passes for each rank of the preconditioner, and at least 2; for each iteration; and for the residual after
+    each start.
 
     Source: Frangella, Tropp, Udell 2023, algorithm 2.1 and equation 5.3; Hestenes, Stiefel 1952.
 
@@ -193,7 +195,9 @@ def of_operator(
     product = 1 + j.passes_per_jvp()
     before, iterations = j.passes, 0
     rank = min(rank, j.n, passes // (product * SHARE), j.memory // (SHARE * 8 * j.n))
-    preconditioner = _nystrom(j, rank, ridge, seed) if rank else None
+    preconditioner, trace = _nystrom(j, max(rank, 1), ridge, seed)
+    if not rank:
+        preconditioner = None
     apply = _shifted(j, ridge)
 
     def count(_: np.ndarray) -> None:
@@ -222,7 +226,7 @@ def of_operator(
         return found
 
     x, rest, _ = _refined(solve, apply, y, rtol)
-    found = _solution(x, rest, y, ridge, iterations, j.passes - before, "conjugate_gradients", j)
+    found = _solution(x, rest, y, ridge, iterations, j.passes - before, "conjugate_gradients", j, trace)
     return _converged(found, rtol, epsilon(j.basis(0, 1)), "more passes, a larger ridge")
 
 
@@ -252,9 +256,11 @@ def _solution(
     passes: float,
     method: str,
     j: JacobianOperator,
+    trace: float,
 ) -> Solution:
     left, size = float(np.linalg.norm(rest)), float(np.linalg.norm(y))
-    error = left / ridge if ridge > 0 else math.inf if size else 0.0
+    rounding = lanczos.rounding(j) * trace * float(np.linalg.norm(x))
+    error = (left + rounding) / ridge if ridge > 0 else math.inf if size else 0.0
     notes = j.notes
     if ridge == 0 and method == "conjugate_gradients":
         notes = ("with ridge=0, products cannot show whether Theta is singular and has other solutions", *notes)
@@ -301,24 +307,25 @@ def _linear(apply: Map, n: int) -> scipy.sparse.linalg.LinearOperator:
     return scipy.sparse.linalg.LinearOperator((n, n), matvec=apply, dtype=np.float64)
 
 
-def _nystrom(j: JacobianOperator, rank: int, ridge: float, seed: int) -> Map | None:
-    """The preconditioner's inverse; ``None`` if the sketch has nothing above rounding."""
+def _nystrom(j: JacobianOperator, rank: int, ridge: float, seed: int) -> tuple[Map | None, float]:
+    """The preconditioner's inverse, ``None`` if the sketch has nothing above rounding; and an estimate of tr Theta."""
     like = j.basis(0, 1)
     probes = to_numpy(j.rng(seed).normal(rank, j.n), np.float64)
     probes = np.linalg.qr(probes.T)[0].T
     sketch = to_numpy(j.ntk(asarray_like(probes, like)), np.float64)
+    trace = float((probes * sketch).sum()) * j.n / rank
     shift = math.sqrt(j.n) * epsilon(like) * float(np.linalg.norm(sketch, 2))
     core = probes @ (sketch + shift * probes).T
     values, vectors = np.linalg.eigh((core + core.T) / 2)
     kept = values > shift / 2
     if not kept.any():
-        return None
+        return None, trace
     # A square root B of the approximation, and from it the eigenvectors in columns.
     root = (sketch + shift * probes).T @ (vectors[:, kept] / np.sqrt(values[kept]))
     basis, scale, _ = np.linalg.svd(root, full_matrices=False)
     found = np.maximum(scale**2 - shift, 0.0)
     basis, found = basis[:, found > shift], found[found > shift]
     if not len(found):
-        return None
+        return None, trace
     weights = (found[-1] + ridge) / (found + ridge) - 1
-    return lambda v: v + basis @ (weights * (basis.T @ v))
+    return lambda v: v + basis @ (weights * (basis.T @ v)), trace

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ntkbench import options
+from ntkbench.errors import BadInput
 from ntkbench.estimate import Estimate
 from ntkbench.estimators import lanczos
 from ntkbench.operators import JacobianOperator
@@ -39,11 +40,12 @@ class Spectrum:
 
     Attributes:
         values: the largest eigenvalues in descending order, ``[top]``.
-        errors: each value is within that distance of an eigenvalue, ``[top]``; of the eigenvalue with the same index if
-            the whole of Theta was decomposed.
+        errors: each value is within that distance of the eigenvalue with the same index, ``[top]``. By products this
+            fails for each index with a probability of at most :data:`ntkbench.estimators.lanczos.MISSED`, unless a note
+            says that larger eigenvalues may be missing; some eigenvalue is always that near.
         vectors: their eigenvectors of length 1, ``[top, n]`` with outputs sample-major. Signs are arbitrary.
         vector_errors: upper bounds on the sine of each vector's angle to an eigenvector, ``[top]``; 1 if the eigenvalue
-            is multiple up to its error. By products this assumes that no eigenvalue was missed.
+            is multiple up to its error. By products this assumes that no eigenvalue is missing.
         smallest: the smallest eigenvalue; by products the smallest Ritz value, an upper bound on it.
         smallest_bounds: lower and upper bound on the smallest eigenvalue.
         entropy_effective_rank: exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta, with its interval; ``nan`` if
@@ -136,7 +138,9 @@ class Spectrum:
         return "\n".join([head, *(f"  {name:<24}{said}" for name, said in rows), *(f"  {note}" for note in self.notes)])
 
 
-def of_matrix(theta: np.ndarray, j: JacobianOperator, top: int, passes: float) -> Spectrum:
+def of_matrix(
+    theta: np.ndarray, j: JacobianOperator, top: int, passes: float, certificate: float | None = None
+) -> Spectrum:
     """The spectrum of a whole Theta ``[n, n]`` by its eigenvalue decomposition in float64 on the host.
 
     Costs O(n^3) operations and four matrices of Theta's size in float64. Two more passes compare Theta with J J^T at
@@ -148,13 +152,15 @@ def of_matrix(theta: np.ndarray, j: JacobianOperator, top: int, passes: float) -
         j: J, for the comparison.
         top: number of requested eigenvalues.
         passes: passes spent on the matrix.
+        certificate: of the matrix.
     """
     before, singular = j.passes, j.n > j.P
     values, columns = np.linalg.eigh(theta)
     values, vectors = values[::-1], columns[:, ::-1][:, :top].T.copy()
     image = to_numpy(j.ntk(asarray_like(vectors[:1], j.basis(0, 1))), np.float64)[0]
     trace = float(abs(values).sum())
-    error = max(lanczos.rounding(j) * trace, float(np.linalg.norm(image - values[0] * vectors[0])))
+    certificate = lanczos.larger(j.certificate, certificate)
+    error = max(lanczos.rounding(j, certificate) * trace, float(np.linalg.norm(image - values[0] * vectors[0])))
     angles = _angles(values, np.full(j.n, error), top)
     values, errors = np.maximum(values, 0.0), np.full(j.n, error)
     values[j.P :], errors[j.P :] = 0.0, 0.0  # the rank is at most P
@@ -167,7 +173,7 @@ def of_matrix(theta: np.ndarray, j: JacobianOperator, top: int, passes: float) -
         spent,
         "eigh",
         metric="entropy_effective_rank",
-        certificate=j.certificate,
+        certificate=certificate,
         rounding=entropy_rounding(j.n, min(error / trace, 1.0) if trace else 0.0),
     )
     return Spectrum(
@@ -183,7 +189,7 @@ def of_matrix(theta: np.ndarray, j: JacobianOperator, top: int, passes: float) -
         spent,
         "eigh",
         j.notes,
-        j.certificate,
+        certificate,
     )
 
 
@@ -196,22 +202,27 @@ def of_operator(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: in
     Args:
         j: J.
         top: number of requested eigenvalues; at most n.
-        rtol: largest residual, relative to each value.
-        passes: maximum number of passes; two steps of the density and one of block Lanczos are always taken.
+        rtol: largest error, relative to each value.
+        passes: maximum number of passes.
         seed: seed of all random vectors.
+
+    Raises:
+        BadInput: two steps of the density and one of block Lanczos take more than ``passes``; or as for ``ritz_pairs``.
+        OverMemory: as for ``ritz_pairs``.
     """
     product = 1 + j.passes_per_jvp()
-    before = j.passes
+    before, least = j.passes, min(2, j.n) * product * PROBES + lanczos.first_step(j, top)
+    if passes < least:
+        raise BadInput(f"a spectrum with top={top} takes at least {least} passes, got passes={passes}")
     fit = j.memory // (SHARE * PROBES * j.n * j.itemsize)
     steps = max(2, min(STEPS, passes // (SHARE * product * PROBES), fit))
     density = lanczos.density(j, probes=PROBES, steps=steps, seed=seed)
-    left = max(1, passes - int(j.passes - before))
-    found = lanczos.ritz_pairs(j, top, rtol=rtol, passes=left, seed=seed)
+    found = lanczos.ritz_pairs(j, top, rtol=rtol, passes=passes - int(j.passes - before), seed=seed)
     error = max(lanczos.rounding(j) * density.trace, found.rounding)
-    ritz, errors = found.values, found.residuals + error
+    ritz, errors = found.values, found.errors + error
     if found.following is not None:
-        value, residual = found.following
-        ritz, errors = np.append(ritz, value), np.append(errors, residual + error)
+        value, distance = found.following
+        ritz, errors = np.append(ritz, value), np.append(errors, distance + error)
     singular = j.n > j.P
     smallest = 0.0 if singular else max(min(found.smallest, density.smallest), 0.0)
     spent = j.passes - before
@@ -232,7 +243,7 @@ def of_operator(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: in
         found.vectors,
         _angles(ritz, errors, top),
         smallest,
-        (0.0, 0.0 if singular else smallest + error),
+        (max(smallest - error, 0.0) if found.whole else 0.0, 0.0 if singular else smallest + error),
         rank,
         density,
         j.n,

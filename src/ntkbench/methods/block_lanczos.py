@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
+from scipy.special import ndtri
+
 from ntkbench.errors import Undefined
 from ntkbench.estimate import Estimate
 from ntkbench.estimators import lanczos, spectrum
@@ -19,9 +21,10 @@ class BlockLanczos(Stochastic):
     """Metrics of the eigenvalues from products with Theta, as in :func:`ntkbench.spectrum` for a large Theta.
 
     A probe is one product with Theta = J J^T, 2 passes. The largest eigenvalue is estimated by the largest Ritz value
-    from a block of 5 random vectors, which is a lower bound up to rounding. Some eigenvalue is within the residual's
-    norm of the Ritz value, so this norm is stated as the standard error; the error itself is usually of the order of
-    its square. The iteration stops early once the relative residual is at most ``rtol``.
+    from a block of 5 random vectors, which is a lower bound up to rounding. The stated standard error gives an interval
+    at 95 % that reaches up to the largest value that is not excluded, see
+    :func:`ntkbench.estimators.lanczos.ritz_pairs`; the error itself is usually much smaller. The iteration stops early
+    once that distance is at most ``rtol`` of the value.
 
     The entropy effective rank uses 8 random vectors, with as many Lanczos steps as the budget allows, up to 25. A
     larger budget adds vectors. The standard error is from the variance over vectors. The estimate is the geometric mean
@@ -31,7 +34,7 @@ class BlockLanczos(Stochastic):
     The condition number is not available, as products bound the smallest eigenvalue only from above.
 
     Attributes:
-        rtol: residual of the largest eigenvalue, relative to it.
+        rtol: distance to the largest value that is not excluded, relative to the eigenvalue.
     """
 
     title = "block Lanczos"
@@ -77,7 +80,8 @@ Found = tuple[float, float, float, float, tuple[str, ...]]
 def _largest(j: JacobianOperator, rtol: float, passes: int, seed: int) -> Found:
     found = lanczos.ritz_pairs(j, 1, rtol=rtol, passes=passes, seed=seed)
     value = max(float(found.values[0]), 0.0)
-    return value, float(found.residuals[0]), math.inf, found.rounding / value if value else 0.0, found.notes
+    error = float(found.errors[0]) / float(ndtri(0.975))
+    return value, error, math.inf, found.rounding / value if value else 0.0, found.notes
 
 
 def _entropy(j: JacobianOperator, products: int, seed: int) -> Found:

@@ -297,7 +297,7 @@ def _answers(known: Truth, method: str, given: Any) -> dict[str, Answer]:
     if isinstance(given, np.ndarray):
         return known.largest_ones(given)
     if isinstance(given, lanczos.Ritz):
-        errors = given.residuals + given.rounding
+        errors = given.errors + given.rounding
         top, off, smallest = float(given.values[0]), float(errors[0]), max(given.smallest, 0.0)
         return {
             **known.largest_ones(given.values, errors),
