@@ -366,8 +366,8 @@ class Raw(nn.Module):
         bad(r"unknown method 'hutchpp2' \(did you mean 'hutchpp'", lambda: ntkbench.trace(net(), X, method="hutchpp2")),
         bad("passes must be a positive whole number, got 0", lambda: ntkbench.trace(net(), X, passes=0)),
         bad("passes must be a positive whole number, got -3", lambda: ntkbench.trace(net(), X, passes=-3)),
-        bad("passes must be a whole number, got 2.5", lambda: ntkbench.trace(net(), X, passes=2.5)),
-        bad("passes must be a whole number, got True", lambda: ntkbench.trace(net(), X, passes=True)),
+        bad("passes must be a positive whole number, got 2.5", lambda: ntkbench.trace(net(), X, passes=2.5)),
+        bad("passes must be a positive whole number, got True", lambda: ntkbench.trace(net(), X, passes=True)),
         bad("seed must be a whole number, got '1'", lambda: ntkbench.trace(net(), X, seed="1")),
         bad(
             "direct is exact and takes no budget of passes: omit passes",
@@ -389,7 +389,9 @@ class Raw(nn.Module):
         bad("unknown device 'tpu'", lambda: ntkbench.trace(net(), X, device="tpu")),
         bad("unknown device 'cuda:x'", lambda: ntkbench.trace(net(), X, device="cuda:x")),
         bad("memory must be a positive whole number of bytes", lambda: ntkbench.trace(net(), X, memory=0)),
-        bad("memory must be a whole number, got '1GB'", lambda: ntkbench.trace(net(), X, memory="1GB")),
+        bad(
+            "memory must be a positive whole number of bytes, got '1GB'", lambda: ntkbench.trace(net(), X, memory="1GB")
+        ),
         bad("seed must be from 0 to", lambda: ntkbench.trace(net(), X, seed=-1)),
         bad("seed must be from 0 to", lambda: ntkbench.ntk(net(), X, seed=2**70)),
         bad("gradient is not finite", lambda: ntkbench.trace(Steep(4, 2), X)),
@@ -440,7 +442,7 @@ class Raw(nn.Module):
             lambda: ntkbench.alignment(net(), None, X),
         ),
         bad(
-            "values of its parameters by name or a target tensor, got str",
+            "values of its parameters by name, or a target array; got str",
             lambda: ntkbench.alignment(net(), "net", X),
         ),
         bad(

@@ -253,7 +253,9 @@ def norm(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
 def effective_rank(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     """(tr Theta)^2 / ||Theta||_F^2 of a network at its current weights.
 
-    Methods and cost are those of :func:`norm`.
+    Methods are those of :func:`norm`.
+
+    Cost: that of :func:`norm`.
 
     Use it to see how many directions of output space training can change at once.
 

@@ -14,6 +14,9 @@ from ntkbench.ambient import uncompiled
 from ntkbench.operators import declares
 from ntkbench.problem import Problem, on_shapes
 
+FORWARD_AND_BACKWARD = 3
+"""Operations of a forward and a backward pass, relative to those of the forward pass."""
+
 
 class Layer(NamedTuple):
     """Sizes of a matrix product or convolution with a weight.

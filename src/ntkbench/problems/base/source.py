@@ -68,7 +68,7 @@ class Source(ABC):
 
     @abstractmethod
     def check_end(self, other: Any) -> None:
-        """Refuse an object that cannot be the other end of an alignment, whatever its values.
+        """Refuse an object that cannot be the second network of an alignment, whatever its values.
 
         Raises:
             BadInput: says what is allowed.
