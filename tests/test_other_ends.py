@@ -200,7 +200,7 @@ def test_invalid_targets_are_refused():
     with pytest.raises(BadInput, match="real numbers"):
         kernel.alignment(1j * Y)
     for wrong in (None, "y", [1.0, 2.0]):
-        with pytest.raises(BadInput, match=r"must be a Kernel, a torch.nn.Module"):
+        with pytest.raises(BadInput, match=r"must be a torch.nn.Module, a Kernel"):
             kernel.alignment(wrong)
     with pytest.raises(BadInput, match="omit method, passes and rtol"):
         kernel.alignment(torch.eye(6), method="hutchinson", passes=8)
