@@ -457,6 +457,11 @@ def test_a_budget_that_is_too_small_for_all_methods_is_named_with_the_smallest_t
     )
     with pytest.raises(ntkbench.BadInput, match=says):
         ntkbench.norm(model, x, passes=1)
+    wide = nn.Linear(3, 300).double()
+    with pytest.raises(
+        ntkbench.BadInput, match=r"^dense_jl takes at least 300 passes for .*; the default is passes=256$"
+    ):
+        ntkbench.norm(wide, x, method="dense_jl")
     with pytest.raises(ntkbench.BadInput, match=r"^hutchpp takes at least 12 passes for the trace; got passes=3$"):
         ntkbench.trace(model, x, method="hutchpp", passes=3)
     with pytest.raises(

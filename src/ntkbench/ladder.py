@@ -308,7 +308,7 @@ class _Search:
         except Exception as error:  # whatever the error, the next method may work
             if concerns_all_methods(error):
                 raise
-            if isinstance(error, TooFewPasses):
+            if isinstance(error, TooFewPasses) and options.passes is not None:
                 self.least[name] = error.least
             self._refused(name, error.reason if isinstance(error, DoesNotApply) else errors.reason(error))
             return None
@@ -655,7 +655,9 @@ def check_range(problem: Problem, names: Sequence[str], target: Target) -> None:
             )
 
 
-def _check_budget(problem: Problem, metric: str, target: Target, method: Method, budget: int | None) -> None:
+def _check_budget(
+    problem: Problem, metric: str, target: Target, options: Options, method: Method, budget: int | None
+) -> None:
     """Refuse a budget that is too small for a method that applies otherwise.
 
     Raises:
@@ -665,7 +667,8 @@ def _check_budget(problem: Problem, metric: str, target: Target, method: Method,
         return
     if budget < (least := method.least_passes(problem, metric)):
         needed = f"at least {counted(least, 'pass', 'passes')} for the {metrics.words(metric)}"
-        raise TooFewPasses(f"{method.name} takes {needed}; got passes={budget}", least)
+        given = f"got passes={budget}" if options.passes is not None else f"the default is passes={budget}"
+        raise TooFewPasses(f"{method.name} takes {needed}; {given}", least)
 
 
 def _all_passes(problem: Problem, names: Sequence[str], target: Target, prepared: Any, method: Method) -> float | None:
@@ -777,7 +780,7 @@ def _computed(
             budget = int(min(budget, _worth(problem, names[-1], method)))
     for metric in names:
         if reason := method.unsupported_reason(problem, metric, target, budget):
-            _check_budget(problem, metric, target, method, budget)
+            _check_budget(problem, metric, target, options, method, budget)
             raise DoesNotApply(method.name, metric, reason)
     budgets = _budgets(problem, names, method, budget)
     for metric in names:
