@@ -13,8 +13,9 @@ HEAD = """# All methods
 This page is written from the classes in `src/ntkbench/methods/` when the documentation is built.
 [Estimators](estimators.md) explains the families. The name is what `method=` takes. *Passes* of a stochastic method
 are those by which it divides a budget into probes: one number, or one for each metric if they differ. Those of an
-exact or approximate method are for one set of weights, with T steps and a last hidden layer of width d; an alignment
-takes twice as many, by `wide_head` with an untied head three times. More about the cost is in the method's text.
+exact or approximate method are for one set of weights, with T steps and a last hidden layer of width d. An alignment
+takes twice as many; with `wide_head` it takes 3 T d, or 2 T (m + 2 d) with a tied head and m distinct tokens. More
+about the cost is in the method's text.
 Variances are those of the trace unless they say otherwise, in the notation of the text above them. *Bias* is that of
 the trace and of the squared norm; for a stochastic method the cell is empty if its text does not state it. Square
 roots and ratios of unbiased estimates have a bias that vanishes with the number of probes.

@@ -147,7 +147,7 @@ def _dense(label: str, end: str) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def dense() -> Callable[[str, str], np.ndarray]:
-    """J by the label of a problem and the parameter set, in float64."""
+    """J by the label of a problem and the set of weights, in float64."""
     return _dense
 
 

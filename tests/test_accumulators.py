@@ -205,7 +205,7 @@ def test_the_trace_alone_keeps_no_vectors():
 
 def test_too_few_passes_to_recompute_are_refused():
     accumulator = Fixture(memory=1).accumulator()
-    with pytest.raises(OverMemory, match=r"with memory of 1 each vector is computed .* too few passes"):
+    with pytest.raises(OverMemory, match=r"with memory=1 each vector is computed .* too few passes"):
         accumulator.extend(4)
 
 

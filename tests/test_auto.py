@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -428,3 +429,51 @@ def test_a_refusal_gives_each_reason_once():
     assert ladder._reasons(remarks) == (
         "a: off by 1; a and c: raised; 256 passes of b came first: a seemed to be cheaper; d: off by 2"
     )
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_notes_and_refusals_name_each_method_once(backend):
+    """Reasons do not repeat the name that they follow, and methods of another backend are no news."""
+    if backend == "jax":
+        jnp = pytest.importorskip("jax.numpy")
+        model, x, more = (lambda w, x: jnp.tanh(x @ w)), jnp.ones((4, 3)), {"params": jnp.ones((3, 40))}
+    else:
+        (model, x), more = network(lambda: nn.Linear(3, 40), 4, 3), {"memory": 2**14}
+    said = [
+        note for metric in ("trace", "norm") for note in getattr(ntkbench, metric)(model, x, passes=6, **more).notes
+    ]
+    with pytest.raises(ntkbench.BadInput) as refused:
+        ntkbench.norm(model, x, passes=1, **more)
+    for text in (*said, str(refused.value)):
+        assert "runs on" not in text
+        for name in methods.names():
+            assert len(re.findall(rf"\b{name}\b", text)) < 2, text
+
+
+def test_a_budget_that_is_too_small_for_all_methods_is_named_with_the_smallest_that_is_enough():
+    model, x = network(lambda: nn.Linear(3, 40), 4, 3)
+    says = (
+        r"compute the norm of this network: passes=1 is too few, at least 2 are needed \(structured_block_u_statistics"
+    )
+    with pytest.raises(ntkbench.BadInput, match=says):
+        ntkbench.norm(model, x, passes=1)
+    wide = nn.Linear(3, 300).double()
+    with pytest.raises(
+        ntkbench.BadInput, match=r"^dense_jl takes at least 300 passes for .*; the default is passes=256$"
+    ):
+        ntkbench.norm(wide, x, method="dense_jl")
+    with pytest.raises(ntkbench.BadInput, match=r"^hutchpp takes at least 12 passes for the trace; got passes=3$"):
+        ntkbench.trace(model, x, method="hutchpp", passes=3)
+    with pytest.raises(
+        ntkbench.BadInput, match=r"^hutchpp takes at least \d+ passes for the trace, norm and effective"
+    ):
+        ntkbench.metrics_of(model, x, method="hutchpp", passes=60)
+
+
+@pytest.mark.parametrize("metric", ["trace", "norm"])
+def test_with_a_tolerance_all_choices_take_one(metric):
+    model, x = network(lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 30)), 10, 4)
+    problem = ntkbench.Kernel(model, x).problem
+    chosen = [methods.get(name) for name in ladder.choices(problem, metric, Target(device="cpu"), rtol=0.05)]
+    assert any(isinstance(method, Incremental) for method in chosen)
+    assert all(isinstance(method, Incremental) or not method.takes_passes for method in chosen)

@@ -349,7 +349,10 @@ def test_an_index_applies_to_each_axis_separately(sizes_and_parts):
 
 
 WRONG_OUTPUTS = {
-    "a class too many": (3, r"output=3 is out of range for outputs \(5, 3\)"),
+    "a class too many": (
+        3,
+        r"output=3 is out of range for outputs \(5, 3\); the first axis, samples, is not indexed: allowed are -3 to 2$",
+    ),
     "from the end": (-4, "output=-4 is out of range"),
     "in a list": ([0, 3], r"output=\[0, 3\] is out of range"),
     "too many axes": ((0, 0), r"output=\(0, 0\) is out of range"),
@@ -455,20 +458,26 @@ def test_a_second_tensor_is_passed_on_unchanged(call):
     model, other = seeded(lambda: nn.Linear(4, 3)), FEATURES.flip(0)[:2]
     module, x1, x2 = with_more(*as_module(model, FEATURES, call), other)
     assert x2 is other
-    with pytest.raises(BadInput, match="x2 must hold samples like those of x1"):
+    with pytest.raises(BadInput, match="the second inputs must hold samples like the first"):
         with_more(module, x1, other[:, :3])
 
 
 SECOND = {
-    "another structure": ({"tokens": TOKENS, "features": FEATURES}, "x2 must have the structure of the inputs"),
+    "another structure": (
+        {"tokens": TOKENS, "features": FEATURES},
+        "the second inputs must have the structure of the first",
+    ),
     "another shape": (
         BATCH | {"tokens": TOKENS[:, :3]},
-        r"x2\['tokens'\] .*\[N, 6\] of torch.int64, got shape \(5, 3\)",
+        r"second inputs\['tokens'\] .*\[N, 6\] of torch.int64, got shape \(5, 3\)",
     ),
-    "another type": (BATCH | {"mask": MASK.int()}, r"x2\['mask'\] .*of torch.bool, got shape .* of torch.int32"),
-    "other lengths": (BATCH | {"mask": MASK[:2]}, r"x2\['mask'\] has 2"),
-    "no mask": (BATCH | {"mask": None}, r"x2\['mask'\] must be like that of the rows: a tensor \(5, 6\), got None"),
-    "a tensor": (FEATURES, "x2 must have the structure of the inputs"),
+    "another type": (BATCH | {"mask": MASK.int()}, r"\['mask'\] .*of torch.bool, got shape .* of torch.int32"),
+    "other lengths": (BATCH | {"mask": MASK[:2]}, r"second inputs\['mask'\] has 2"),
+    "no mask": (
+        BATCH | {"mask": None},
+        r"the second inputs\['mask'\] must be like that of the first: a tensor \(5, 6\), got None",
+    ),
+    "a tensor": (FEATURES, "the second inputs must have the structure of the first"),
 }
 
 
@@ -485,7 +494,7 @@ def test_constants_of_a_second_set_must_be_the_same():
     module, x = as_module(seeded(Mixed), first)
     assert len(with_more(module, x, dict(with_scale))[2]) == N
     for other in ({"scale": torch.tensor(0.6)}, {"kind": "tanh"}):
-        with pytest.raises(BadInput, match=f"x2\\['{next(iter(other))}'\\] must be like that of the rows"):
+        with pytest.raises(BadInput, match=f"second inputs\\['{next(iter(other))}'\\] must be like that of the first"):
             with_more(module, x, first | other)
 
 
@@ -551,8 +560,13 @@ def test_both_parameter_sets_are_restricted():
 @pytest.mark.parametrize(
     ("patterns", "says"),
     [
-        ("1.weight", "parameters='1.weight' matches no parameter; the nearest names are .*0.weight"),
-        ("wieght", "nearest names are .*weight"),
+        (
+            "1.weight",
+            r"parameters='1.weight' matches no parameter \(did you mean '\d.weight'\?\); names are 0.weight, 0.bias",
+        ),
+        ("wieght", r"did you mean '\*\.weight'\?"),
+        ("weight", r"did you mean '\*\.weight'\?"),
+        ("nothing like it", r"matches no parameter; names are 0.weight"),
         ("4.bias", "parameters='4.bias' matches only frozen parameters"),
         (["0.*", "Linear*"], r"parameters='Linear\*' matches no parameter"),
         ([], "parameters must be a name or a pattern"),

@@ -184,6 +184,11 @@ def test_output_that_cannot_be_written_is_one_line(here):
     assert done.stderr == "ntkbench: OSError: [Errno 28] No space left on device\n"
 
 
+def test_methods_are_listed_by_any_of_their_metrics():
+    found = CliRunner().invoke(main, ["list", "--metric", "largest_eigenvalue"])
+    assert found.exit_code == 0 and "block_lanczos" in found.stdout and "hutchinson" not in found.stdout
+
+
 def test_output_of_a_factory_goes_to_stderr(here):
     found = CliRunner().invoke(main, ["measure", "their_networks:talks"])
     assert found.stdout.startswith("trace = ") and found.stderr == "from a factory\n"
@@ -206,7 +211,7 @@ def test_recommend_prints_a_table_and_the_line_to_run(here):
     assert found.exit_code == 0, found.output
     table, _, line = found.stdout.strip().rpartition("\n")
     assert table.startswith("method ") and "effective rank" in table
-    assert "hutchinson" in table and "the problem is not a recurrent network" in table
+    assert "hutchinson" in table and "the network declares no recurrence" in table
     model, inputs, call = their_networks.called()
     value = eval(line, {"ntkbench": ntkbench, "model": model, "inputs": inputs, "call": call})
     assert abs(value - ntkbench.trace(model, inputs, call=call, dtype="float64")) < 0.4 * value

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from conftest import mostly_slow
 from torch import nn
 
 import ntkbench
@@ -17,6 +20,7 @@ from ntkbench.cost.costs import Cost, Costs
 from ntkbench.cost.pilot import Pilot, pilot
 from ntkbench.cost.rates import Rates
 from ntkbench.methods.base import PreparedProblem
+from ntkbench.metrics import METRICS
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -92,8 +96,8 @@ def test_methods_that_do_not_apply_have_a_reason(problem):
         problem, "norm", TARGET, names=("xtrace", "recurrent_exact_trace", "nt_structured_derivatives")
     )
     assert {each.method: each.reason for each in found} == {
-        "xtrace": "gives trace only",
-        "recurrent_exact_trace": "gives trace only",
+        "xtrace": "computes the trace only",
+        "recurrent_exact_trace": "computes the trace only",
         "nt_structured_derivatives": "runs on jax only",
     }
     assert found.best is None and found.code() == ""
@@ -106,6 +110,32 @@ def test_a_method_that_fails_is_a_row(problem, monkeypatch):
     monkeypatch.setattr(methods.get("one_sided_reverse"), "accumulator", refuse)
     (found,) = cost.predict(problem, "trace", TARGET, names=("one_sided_reverse",))
     assert found.reason == "ZeroDivisionError: of a test"
+
+
+SMALL = {
+    "mlp": lambda: (nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(6, 5)),
+    "one output": lambda: (nn.Linear(5, 1), torch.randn(6, 5)),
+    "interacting": lambda: (nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), torch.randn(6, 5)),
+    "recurrent": lambda: (nn.GRU(3, 4, batch_first=True), torch.randn(3, 4, 3)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    mostly_slow(
+        itertools.product(SMALL, METRICS),
+        [("mlp", "norm"), ("one output", "norm"), ("interacting", "alignment"), ("recurrent", "effective_rank")],
+    ),
+)
+def test_no_method_fails_unexpectedly_on_a_small_network(name, metric):
+    """A reason that begins with the type of an exception is a fault of a method or of its prediction."""
+    torch.manual_seed(0)
+    (model, x), (other, _) = SMALL[name](), SMALL[name]()
+    given = (other.double(),) if metric == "alignment" else ()
+    found = ntkbench.recommend(model.double(), x.double(), *given, metric=metric, rtol=0.1)
+    assert {each.method for each in found} == set(methods.names())
+    unexpected = {each.method: each.reason for each in found if re.match(r"[A-Z]\w*(Error|Exception)\b", each.reason)}
+    assert not unexpected
 
 
 def test_interacting_samples_and_alignment():

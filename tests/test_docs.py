@@ -121,6 +121,8 @@ def test_a_public_docstring_has_an_example_and_all_sections(name):
     else:
         described, names = sections["Args"], list(inspect.signature(value).parameters)
         assert sections["Raises"] and (isinstance(value, type) or sections["Returns"])
+        assert re.search(r"^Cost\b", text, re.MULTILINE) and "Use it " in text
+        assert value.__module__ != "ntkbench.api" or name == "compare" or "Source: " in text
     assert ", ".join(re.findall(r"^    ([\w, ]+): ", described, re.MULTILINE)).split(", ") == names
 
 
@@ -134,6 +136,7 @@ def test_the_page_of_methods_has_every_method(methods_page):
     assert cells["direct"][2] == "exact" and cells["direct"][5:] == ["2 n", "none", ""]
     assert cells["sum_of_logits"][6:] == ["biased", "independent samples"]
     assert cells["shared_probe_alignment"][6] == "", "its text says that it is biased"
+    assert cells["structured_block_u_statistics"][6] == "unbiased"
     section = text.partition("\n## `xtrace`\n")[2].partition("\n## ")[0]
     assert "\n\nUse it when you compare estimators of the trace;" in section
     assert "\n\n*Variance:* falls with the tail" in section

@@ -37,7 +37,7 @@ PAIRED = (
     ("gram_reverse", 48),
     ("hutchinson", 32),
 )
-"""Methods that use the gradients or images of a probe at both parameter sets, and numbers of probes for them."""
+"""Methods that use the gradients or images of a probe at both sets of weights, and numbers of probes for them."""
 
 
 def network(seed: int, depth: int = 2, width: int = 12, outputs: int = 2, activation: type[nn.Module] = nn.Tanh) -> Any:
@@ -217,7 +217,7 @@ def test_methods_that_do_not_estimate_the_difference_give_no_complement():
 
 
 class Ends:
-    """Jacobians in place of a prepared problem."""
+    """Jacobians instead of a prepared problem."""
 
     def __init__(self, *matrices: np.ndarray) -> None:
         self._jacobians = [DenseJacobian(m, functools.partial(Probes, like=m)) for m in matrices]

@@ -86,7 +86,7 @@ def synthetic(problems=PROBLEMS, methods=METHODS, metrics=METRICS) -> pd.DataFra
                         row |= {"effective_rank": samples * outputs / 10}
                         row |= {"seeds": 50 if kind == "stochastic" else 1, "first_call_seconds": 1.0}
                         if backend not in backends or metric not in gives:
-                            row |= {"status": "skipped", "reason": "gives or runs on others only"}
+                            row |= {"status": "skipped", "reason": "computes or runs on others only"}
                         else:
                             row |= _cell(rng, row, cost, slow)
                         rows.append(row)

@@ -1075,10 +1075,10 @@ def test_columns_must_be_like_the_rows():
     problem = wrapped("several inputs")
     good = several_inputs(2)
     for wrong, said in (
-        (good["image"], "a pytree like x"),
-        (good | {"image": good["image"][:, :1]}, "samples like those of x"),
-        (good | {"words": good["words"] * 1.0}, "samples like those of x"),
-        (good | {"words": good["words"] > 0}, "samples like those of x"),
+        (good["image"], "a pytree like the first"),
+        (good | {"image": good["image"][:, :1]}, "samples like the first"),
+        (good | {"words": good["words"] * 1.0}, "samples like the first"),
+        (good | {"words": good["words"] > 0}, "samples like the first"),
         (good | {"words": good["words"][:1]}, "the same number of samples"),
     ):
         with pytest.raises(BadInput, match=said):

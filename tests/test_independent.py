@@ -55,7 +55,7 @@ def probes(kind: str, k: int, dim: int, seed: int = 0) -> np.ndarray:
 
 
 class Ready:
-    """An operator in place of a prepared problem, with probes that were drawn beforehand."""
+    """An operator instead of a prepared problem, with probes that were drawn beforehand."""
 
     def __init__(self, j: JacobianOperator, *blocks: Any) -> None:
         self._j, self._blocks = j, blocks

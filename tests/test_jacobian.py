@@ -419,7 +419,7 @@ def test_a_missing_gpu_is_reported(backend, tiny, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    with pytest.raises(Unavailable, match="'cuda' was asked for"):
+    with pytest.raises(Unavailable, match="device='cuda' was requested"):
         linearise(tiny, "theta_0", Target(backend, device="cuda"))
     assert device_memory(Target(backend, device="cpu")) is None
 
@@ -430,7 +430,7 @@ def test_a_missing_gpu_is_reported(backend, tiny, monkeypatch):
         ({"backend": "tensorflow"}, "unknown backend 'tensorflow'; allowed: jax, torch"),
         ({"dtype": "bfloat16"}, "unknown dtype 'bfloat16'.*allowed: float32, float64"),
         ({"device": "tpu"}, "unknown device 'tpu'.*allowed: auto, cpu, cuda"),
-        ({"memory": 0}, "memory must be a positive number of bytes, got 0"),
+        ({"memory": 0}, "memory must be a positive whole number of bytes, got 0"),
     ],
 )
 def test_bad_targets_are_refused(wrong, says):
@@ -471,7 +471,7 @@ def test_without_forward_mode_a_jvp_takes_two_reverse_passes_and_is_noted():
         assert estimate.passes == spent
         assert "JVP is computed by two reverse passes" in estimate.notes[0]
     assert not ntkbench.trace(model, x, method="one_sided_reverse", passes=8).notes
-    with pytest.raises(BadInput, match="trace takes at least 8 passes, as a JVP of this network takes 2; got 7"):
+    with pytest.raises(BadInput, match="trace takes at least 8 passes, as a JVP of this network takes 2; got passes=7"):
         ntkbench.trace(model, x, method="xtrace", passes=7)
 
 

@@ -285,7 +285,7 @@ APPROXIMATE = [method.name for method in map(methods.get, methods.names()) if me
 def test_alignment_with_labels_needs_the_norm_of_theta_itself(method):
     """An approximate kernel has another norm, with which the alignment may exceed 1."""
     kernel, y = ntkbench.Kernel(net(), X), torch.ones(N, O)
-    says = f"norm of Theta itself, which {method} does not give; allowed: auto, "
+    says = f"norm of Theta itself, which {method} does not compute; allowed: auto, "
     with pytest.raises(BadInput, match=says) as caught:
         kernel.alignment(y, method=method)
     allowed = str(caught.value).partition("allowed: ")[2].split(", ")
@@ -462,8 +462,9 @@ def test_methods_that_cannot_add_probes_say_how_they_split_a_budget():
     spent = [16 // 6 * 6, 33 // 12 * 12, 50 // 18 * 18]
     for e, part in zip(found.values(), (16, 33, 50), strict=True):
         assert e.passes == sum(spent)
-        assert f"the metrics share no probes: {part} of 100 passes are for the {e.metric}" in e.notes
-    with pytest.raises(BadInput, match="trace and norm and effective_rank take at least 72 passes together; got 71"):
+        assert f"the metrics share no probes: {part} of 100 passes are for the {metrics.words(e.metric)}" in e.notes
+    says = "hutchpp takes at least 72 passes for the trace, norm and effective rank together; got passes=71"
+    with pytest.raises(BadInput, match=says):
         kernel.metrics(method="hutchpp", passes=71)
     y = torch.ones(N, O)
     with pytest.raises(BadInput, match="norm by gram_reverse, and the alignment with a target, take at least 5 passes"):
@@ -536,9 +537,9 @@ def test_eigenvalues_of_a_large_theta_use_products_and_note_a_missed_tolerance(m
     ("says", "given"),
     [
         ("top must be at most n = 15", {"top": 16}),
-        ("top must be a positive number", {"top": 0}),
+        ("top must be a positive whole number", {"top": 0}),
         ("rtol must be a number between 0 and 1", {"rtol": 2}),
-        ("passes must be a whole number", {"passes": 1.5}),
+        ("passes must be a positive whole number", {"passes": 1.5}),
     ],
 )
 def test_eigenvalues_that_cannot_be_computed_are_refused(says, given):
@@ -595,7 +596,7 @@ def test_a_tracker_keeps_the_mode_that_it_was_made_in(mode):
 
 def test_a_tracker_refuses_invalid_arguments():
     for says, keywords in (
-        ("every must be a positive number", {"every": 0}),
+        ("every must be a positive whole number", {"every": 0}),
         ("unknown metric 'tracer'", {"metrics": ["tracer"]}),
         ("metrics must be one or more names", {"metrics": "trace"}),
         ("unknown keyword 'seeds'", {"seeds": 3}),
@@ -679,7 +680,7 @@ def test_a_function_in_jax_has_all_uses_of_a_kernel():
     estimated = kernel.norm(method="hutchinson", passes=400)
     assert estimated.interval(0.9999)[0] <= np.linalg.norm(exact) <= estimated.interval(0.9999)[1]
     assert jax.config.jax_enable_x64 == wide, "the caller's settings were changed"
-    with pytest.raises(ntkbench.BadInput, match="no last layer"):
+    with pytest.raises(ntkbench.BadInput, match=r"kernel='last_layer' is for a torch\.nn\.Module; for a JAX function"):
         kernel.ntk(kernel="last_layer")
     with pytest.raises(ntkbench.BadInput, match="structure"):
         kernel.at({"layers": params["layers"][:1]})

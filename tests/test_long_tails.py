@@ -28,7 +28,7 @@ STRUCTURED = "structured_block_u_statistics"
 
 @functools.cache
 def problem(batch: str) -> Problem:
-    """An MLP at two parameter sets, on one of the batches."""
+    """An MLP at two sets of weights, on one of the batches."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sizes = (8, 24, OUTPUTS)
@@ -65,7 +65,7 @@ def of_seed(method: str, batch: str, passes: int, seed: int) -> dict[str, Estima
 
 
 def found(method: str, batch: str, passes: int, seeds: int) -> list[dict[str, Estimate]]:
-    """Estimates of all metrics from the same probes, by seed; passes for each parameter set."""
+    """Estimates of all metrics from the same probes, by seed; passes for each set of weights."""
     return [of_seed(method, batch, passes, seed) for seed in range(seeds)]
 
 

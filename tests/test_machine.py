@@ -100,7 +100,7 @@ def test_measuring_can_be_switched_off(empty, monkeypatch):
 
 
 def test_a_cache_that_cannot_be_written_is_no_failure(empty):
-    empty.write_text("a file in place of the folder")
+    empty.write_text("a file instead of the folder")
     assert machine.speeds(TARGET, clock=Clock(0.05)).call > 0
 
 

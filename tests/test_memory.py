@@ -16,6 +16,7 @@ import ntkbench
 from ntkbench import methods, testing
 from ntkbench.errors import OverMemory
 from ntkbench.methods.base import Stochastic
+from ntkbench.metrics import words
 from ntkbench.operators import memory as host
 from ntkbench.options import Target
 from ntkbench.problem import Problem
@@ -122,7 +123,9 @@ def test_vectors_that_do_not_fit_are_refused_before_any_work(name):
     """The requested method cannot do without them."""
     model, x = net(inputs=1000), torch.randn(300, 1000)
     metric = methods.get(name).metrics[-1] if name != "gram_reverse" else "norm"
-    with pytest.raises(OverMemory, match=rf"{name} needs \d+ bytes at once for the {metric}; memory is 10000"):
+    with pytest.raises(
+        OverMemory, match=rf"{name} needs .*B at once for the {words(metric)}, and memory= is 9.8 KiB: raise memory"
+    ):
         getattr(ntkbench, metric)(model, x, method=name, memory=10_000, passes=64)
 
 

@@ -19,7 +19,7 @@ from ntkbench.errors import BadInput, OverMemory, Unavailable, Undefined, Unsupp
 from ntkbench.estimators import solve, spectrum
 from ntkbench.measure import outcomes
 from ntkbench.methods.base import Incremental, Method
-from ntkbench.metrics import METRICS
+from ntkbench.metrics import METRICS, words
 from ntkbench.options import BACKENDS, Target
 from ntkbench.problem import Problem
 from ntkbench.problems.base import reference
@@ -426,7 +426,7 @@ def test_refuses_budgets_that_are_too_small(method, metric):
     label, enough = served(method, "tanh_net"), least(method, metric)
     target = Target(method.backends[0])
     for passes in (0, 1, enough - 1):
-        assert f"{metric} takes at least {enough} passes" in method.unsupported_reason(
+        assert f"the {words(metric)} takes at least {enough} passes" in method.unsupported_reason(
             loaded(label), metric, target, passes
         )
     assert method.unsupported_reason(loaded(label), metric, target, enough) is None
@@ -441,7 +441,7 @@ def test_refuses_metrics_before_budgets(tiny):
 
 def test_estimates_of_no_probes_are_refused():
     method = methods.get("hutchinson")
-    with pytest.raises(BadInput, match="hutchinson: norm takes at least 4 passes; got 1"):
+    with pytest.raises(BadInput, match="hutchinson: the norm takes at least 4 passes; got passes=1"):
         method.estimate(prepared(method, "tanh_net", "torch"), "norm", 1)
 
 

@@ -1,4 +1,4 @@
-"""(Theta + ridge I)^-1 y and kernel regression: from all of Theta and by products, against numpy's solutions."""
+"""(Theta + ridge I)^-1 y and kernel regression: from all of Theta and from products, against numpy's solutions."""
 
 from __future__ import annotations
 
@@ -273,9 +273,9 @@ def test_groups_of_parameters_are_solved():
         ("ridge must be a finite number that is not negative, got -1", {"ridge": -1}),
         ("ridge must be a finite number that is not negative, got nan", {"ridge": float("nan")}),
         ("rtol must be a number between 0 and 1", {"rtol": 0}),
-        ("passes must be a positive number", {"passes": -1}),
+        ("passes must be a positive whole number", {"passes": -1}),
         (r"y must be shaped like the outputs, \(5, 3\) or \(15,\), got shape \(4, 3\)", {"y": np.ones((4, 3))}),
-        ("y must be finite", {"y": np.full((5, 3), np.inf)}),
+        ("y has nan or infinite entries: all must be finite", {"y": np.full((5, 3), np.inf)}),
         ("y must hold real numbers", {"y": np.full((5, 3), "a")}),
         ("y must hold real numbers", {"y": None}),
         ("y must be an array", {"y": [[1.0], [1.0, 2.0]]}),

@@ -200,7 +200,7 @@ def test_intervals_of_the_entropy_effective_rank_by_products_cover_it(passes):
 
 def test_products_give_no_condition_number_and_no_moment():
     problem, method = testing.smooth_problem(), methods.get("block_lanczos")
-    said = "gives largest_eigenvalue, entropy_effective_rank only"
+    said = "computes the largest eigenvalue and entropy effective rank only"
     assert method.unsupported_reason(problem, "condition_number", TARGET, 64) == said
     with pytest.raises(BadInput, match=said):
         ntkbench.trace(torch.nn.Linear(2, 1), torch.ones(3, 2), method="block_lanczos", passes=64)
@@ -226,7 +226,7 @@ def test_estimates_and_rows_say_which_kernel_they_are_of():
 
 def test_other_methods_refuse_spectral_metrics():
     problem = problems.load("digits_mlp[N=4]")
-    assert "gives trace" in methods.get("xtrace").unsupported_reason(problem, SPECTRAL[0], TARGET, 8)
+    assert "computes the trace" in methods.get("xtrace").unsupported_reason(problem, SPECTRAL[0], TARGET, 8)
     with pytest.raises(BadInput, match="unknown metric"):
         metrics.check(SPECTRAL[0])
 

@@ -1,4 +1,4 @@
-"""The spectrum of Theta as a result: from all of Theta and by products, against numpy and prescribed spectra."""
+"""The spectrum of Theta as a result: from all of Theta and from products, against numpy and prescribed spectra."""
 
 from __future__ import annotations
 
@@ -405,9 +405,9 @@ def test_a_spectrum_prints_its_values_and_has_groups():
     ("says", "given"),
     [
         ("top must be at most n = 15", {"top": 16}),
-        ("top must be a positive number", {"top": 0}),
+        ("top must be a positive whole number", {"top": 0}),
         ("rtol must be a number between 0 and 1", {"rtol": 2}),
-        ("passes must be a positive number", {"passes": 0}),
+        ("passes must be a positive whole number", {"passes": 0}),
         ("seed must be a whole number", {"seed": 0.5}),
         ("unknown keyword 'method'", {"method": "hutchpp"}),
     ],

@@ -161,7 +161,7 @@ def test_few_samples_need_many_probes_to_decide(N, least, of_groups):
 
 
 @pytest.mark.parametrize("name", ["structured_block_u_statistics", "per_sample_trace", "block_u_statistics"])
-def test_the_first_look_decides_on_a_wide_tolerance(name):
+def test_the_first_check_decides_on_a_wide_tolerance(name):
     """A look after fewer probes has too few degrees of freedom; for narrow tolerances it only tells what they cost."""
     torch.manual_seed(0)
     model, x = torch.nn.Sequential(torch.nn.Linear(5, 30), torch.nn.Tanh(), torch.nn.Linear(30, 60)), torch.randn(4, 5)
@@ -169,7 +169,7 @@ def test_the_first_look_decides_on_a_wide_tolerance(name):
     assert wide.passes == 24 and wide.degrees > 30 and wide.relative_width() < 0.3
     problem = ntkbench.from_module(model, x)
     prepared = methods.get(name).prepare(problem, Target())
-    assert methods.get(name)._first_look(prepared, ("trace",), 0.01) == methods.get(name).first_batch
+    assert methods.get(name)._first_check(prepared, ("trace",), 0.01) == methods.get(name).first_batch
 
 
 def test_a_run_that_stops_after_few_probes_states_the_upper_limit_of_its_error():

@@ -667,9 +667,9 @@ X = torch.linspace(-1, 1, 24).reshape(6, 4)
         ("allowed: full, last_layer, random_vector", lambda: ntkbench.ntk(nn.Linear(4, 2), X, kernel="pntk")),
         ("interact.*model.eval", lambda: ntkbench.ntk(nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)), X, X)),
         ("Dropout in train mode.*model.eval", lambda: ntkbench.ntk(nn.Sequential(nn.Linear(4, 2), nn.Dropout()), X)),
-        ("x2 must hold samples like those of x1", lambda: ntkbench.ntk(nn.Linear(4, 2), X, X[:, :3])),
-        ("x2 must be a torch tensor", lambda: ntkbench.ntk(nn.Linear(4, 2), X, X.numpy())),
-        ("memory must be a positive number of bytes", lambda: ntkbench.ntk(nn.Linear(4, 2), X, memory=0)),
+        ("the second inputs must hold samples like the first", lambda: ntkbench.ntk(nn.Linear(4, 2), X, X[:, :3])),
+        ("the second inputs must be a torch tensor", lambda: ntkbench.ntk(nn.Linear(4, 2), X, X.numpy())),
+        ("memory must be a positive whole number of bytes", lambda: ntkbench.ntk(nn.Linear(4, 2), X, memory=0)),
         ("seed must be a whole number", lambda: ntkbench.ntk(nn.Linear(4, 2), X, seed=0.5)),
     ],
 )

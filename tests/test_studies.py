@@ -301,7 +301,7 @@ def test_only_the_networks_to_be_trained_are_trained(tables):
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """A file in place of the part of CIFAR-10."""
+    """A file instead of the part of CIFAR-10."""
     file = tmp_path / images.CIFAR10.name
     file.parent.mkdir()
     rng, arrays = np.random.default_rng(0), {}

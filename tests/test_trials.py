@@ -119,7 +119,7 @@ def test_the_alignment_of_two_networks_and_groups_of_parameters():
         ({"methods": ["hutchqq"]}, "hutchqq"),
         ({"methods": "auto"}, "must be a list of names"),
         ({"methods": []}, "must be a list of names"),
-        ({"calls": 0}, "calls must be a positive number"),
+        ({"calls": 0}, "calls must be a positive whole number"),
         ({"passes": 0}, "passes"),
         ({"speed": 1}, "speed"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ntkbench.units import bytes_label, counted, seconds_label
+from ntkbench.units import bytes_label, counted, over_memory, seconds_label
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,9 @@ def test_a_count_of_one_is_in_the_singular():
 
 def test_bytes_are_in_binary_units():
     assert [bytes_label(b) for b in (512, 3 * 2**20, 2.8 * 2**30, 1e12)] == ["0.5 KiB", "3 MiB", "2.8 GiB", "930 GiB"]
+
+
+def test_too_much_memory_is_told_from_the_limit():
+    assert over_memory(2**31, 2**30) == "2 GiB at once, and memory= is 1 GiB"
+    assert over_memory(4608, 1000, "for the norm") == "4,608 bytes at once for the norm, and memory= is 1,000 bytes"
+    assert over_memory(2**30 + 5, 2**30) == "1,073,741,829 bytes at once, and memory= is 1,073,741,824 bytes"

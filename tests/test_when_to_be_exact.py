@@ -169,7 +169,7 @@ def test_one_row_for_each_kernel_method_and_budget(table):
     exact = table[table["family"] == "exact"]
     assert (exact["rms"] < 1e-12).all() and (exact["calls"] == 1).all()
     lost = table[table["status"] != "ok"]
-    assert set(lost["reason"]) <= {"norm takes at least 4 passes", "trace takes at least 4 passes"}
+    assert set(lost["reason"]) <= {"the norm takes at least 4 passes", "the trace takes at least 4 passes"}
     assert set(table.loc[table["family"].isin(figure.PREDICTED) & (table["status"] == "ok"), "seeds"]) == {120}
 
 

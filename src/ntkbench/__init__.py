@@ -1,4 +1,4 @@
-"""Metrics of the finite-width Neural Tangent Kernel: every known way of computing them, and what each costs.
+"""Metrics of the finite-width Neural Tangent Kernel: published ways of computing them and its own, and what each costs.
 
 ``import ntkbench`` loads only this file. Names, and torch with them, are imported when they are first used.
 """

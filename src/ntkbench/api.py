@@ -66,7 +66,7 @@ def ntk(
     file: File | None = None,
     **setup: Unpack[Setup],
 ) -> torch.Tensor | np.memmap[Any, Any]:
-    """The exact NTK between two sets of inputs, without forming the Jacobian, or a kernel between samples instead.
+    """The exact NTK between two sets of inputs, or an N x N kernel that approximates it, layer by layer if possible.
 
     ``kernel="full"`` is Theta itself, ``[N1 * O, N2 * O]`` with rows sample-major. The others are ``[N1, N2]`` matrices
     A, which approximate Theta as A ⊗ I_O: ``sum_of_logits`` (the pNTK of Mohamadi et al. 2023), ``single_logit`` (the
@@ -74,12 +74,13 @@ def ntk(
     Theta, the best of them in the Frobenius norm) and ``last_layer`` (the trace kernel of the last layer's parameters).
 
     Cost: O backward passes over each set of inputs for ``full``, ``trace`` and ``last_layer``, one for the others, and
-    one contraction per layer, of which one set of inputs takes half (see :mod:`ntkbench.layerwise`). The network is
-    traced first, which takes from 0.1 s to a few seconds; the trace is reused for networks of the same structure. If J
-    has few entries it is written out instead. The ``ntkbench`` logger names parameters without a fast rule.
+    one contraction per layer, or half of one without ``x2`` (see :mod:`ntkbench.layerwise`). The network is traced
+    first, which takes from 0.1 s to a few seconds; the trace is reused for networks of the same structure. If J has at
+    most four million entries, the first use of a kernel writes it out instead. The ``ntkbench`` logger names parameters
+    without a fast rule.
 
     If the network cannot be traced, or plain autograd contradicts its trace, rows of its Jacobian are written out in
-    blocks: sample by sample, or else by products over the whole batch. Networks with interacting samples use products
+    blocks: sample by sample, or else from products over the whole batch. Networks with interacting samples use products
     over the whole batch, and allow no ``x2``. The kernel of a JAX function is computed by neural-tangents, or else from
     rows of its Jacobian.
 
@@ -90,6 +91,12 @@ def ntk(
     refused. Each run certifies all rows before its first rectangle, which takes O + 1 passes. Each rectangle takes the
     passes of its columns, and each row of rectangles the passes of its rows. More ``memory`` means fewer repeated
     passes.
+
+    Use it if you need the kernel itself. Metrics and eigenvalues cost less by their own functions, since they need no
+    kernel in memory.
+
+    Source: Novak, Sohl-Dickstein, Schoenholz 2022 (arXiv 2206.08720), section 3; the pNTK: Mohamadi, Bae, Sutherland
+    2023 (arXiv 2206.12543).
 
     >>> import torch, ntkbench
     >>> model, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
@@ -135,11 +142,13 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     choice is deterministic. The exact methods, tried in the order of their operations, are
 
     - ``recurrent_exact_trace``, if the network declares its recurrence;
-    - ``wide_head``, for independent samples and a last linear layer with at least twice as many outputs as inputs, or
-      three times for the alignment (plus distinct tokens, if the layer is also the embedding);
+    - ``wide_head``, for independent samples and a last linear layer from d to V outputs with V >= 2 d, or V >= 3 d for
+      the alignment; if the layer is also the embedding and m distinct tokens occur, V >= 2 (m + d), or V >= 2 (m + 2
+      d);
     - ``structured_derivatives`` and ``jacobian_contraction``, for independent samples, which take O passes;
     - ``parameter_gram``, for few parameters and many outputs;
-    - ``batched_jacobian`` and ``naive_jacobian``, for interacting samples, which take min(n, P) and n passes.
+    - ``batched_jacobian`` and ``naive_jacobian``, which also allow samples to interact, and take min(n, P) (min(n, 2 P)
+      without forward mode) and n passes.
 
     The estimators for independent samples are
 
@@ -151,8 +160,8 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
       ``block_u_statistics``.
 
     For a JAX function, ``nt_structured_derivatives`` and ``nt_jacobian_contraction`` (if neural-tangents is installed)
-    take the place of the exact methods that trace a network, and ``per_sample_trace`` and ``block_u_statistics`` that
-    of the estimators.
+    take the place of ``wide_head``, ``structured_derivatives`` and ``jacobian_contraction``, and ``per_sample_trace``
+    and ``block_u_statistics`` that of the estimators.
 
     Otherwise the estimators are ``hutchpp_adaptive`` and ``one_sided_reverse`` for the trace, and ``nystrom_loo``
     (``hutchinson`` with ``rtol``, or if it does not fit) and ``gram_reverse`` for the other metrics. Traces are
@@ -167,8 +176,8 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     others were not.
 
     Every method is certified by plain ``backward`` of the unmodified network over the whole batch. A method whose
-    gradients differ by more than the square root of the machine epsilon is skipped. ``Estimate.certificate`` is the
-    relative difference.
+    gradients differ by more than the square root of the machine epsilon is skipped by ``auto``, and refused if
+    requested by name. ``Estimate.certificate`` is the relative difference.
 
     If samples do not interact, the batches of a ``DataLoader`` are read one after another, joined into parts of at
     least 64 samples, and dropped after use. Each part is estimated with its own probes, and with ``rtol`` to that
@@ -176,6 +185,11 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
 
     Cost: that of the method, some passes for checks (see :func:`ntkbench.from_module`), and one backward pass at each
     set of weights for the certificate.
+
+    Use it to follow the overall speed of training: the loss of a linearised network falls with the eigenvalues, of
+    which this is the sum.
+
+    Source: that of the method; see ``ntkbench list`` and the page of all methods.
 
     >>> import torch, ntkbench
     >>> ntkbench.trace(torch.nn.Linear(3, 2), torch.ones(4, 3)).value
@@ -197,7 +211,8 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
 
     Raises:
         BadInput: an argument cannot be used, or no method applies to this network, or the requested one does not; says
-            why.
+            why. Its subclass ``NotFinite`` is raised if weights, outputs or gradients are not finite, and
+            ``Uncertified`` if a requested method contradicts plain autograd.
         OverMemory: the method would need more than ``memory`` at once.
         Unavailable: the device is not available.
     """
@@ -208,7 +223,14 @@ def trace(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
 def norm(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     """||Theta||_F (not its square) of a network at its current weights.
 
-    Methods and cost are those of :func:`trace`.
+    Methods are those of :func:`trace` that compute the norm. Several, such as ``one_sided_reverse`` and
+    ``recurrent_exact_trace``, compute the trace alone; ``ntkbench list --metric norm`` shows the others.
+
+    Cost: that of :func:`trace`, and of the inner products between all gradients.
+
+    Use it as the scale of a kernel, for example to compare it with a change of the kernel.
+
+    Source: that of the method; see ``ntkbench list`` and the page of all methods.
 
     >>> import torch, ntkbench
     >>> print(ntkbench.norm(torch.nn.Linear(3, 2), torch.eye(3)))
@@ -231,7 +253,13 @@ def norm(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
 def effective_rank(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     """(tr Theta)^2 / ||Theta||_F^2 of a network at its current weights.
 
-    Methods and cost are those of :func:`trace`.
+    Methods are those of :func:`norm`.
+
+    Cost: that of :func:`norm`.
+
+    Use it to see how many directions of output space training can change at once.
+
+    Source: that of the method; see ``ntkbench list`` and the page of all methods.
 
     >>> import torch, ntkbench
     >>> print(ntkbench.effective_rank(torch.nn.Linear(3, 2), torch.eye(3)))
@@ -246,6 +274,7 @@ def effective_rank(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate
 
     Raises:
         BadInput, OverMemory, Unavailable: see :func:`trace`.
+        Undefined: Theta is zero.
     """
     found: Estimate = _use(model, x, keywords, ("effective_rank",), lambda k, chosen: k.effective_rank(**chosen))
     return found
@@ -254,14 +283,20 @@ def effective_rank(model: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate
 def alignment(model_0: Any, model_f: Any, x: Any, **keywords: Unpack[Keywords]) -> Estimate:
     """tr(Theta_0 Theta_f) / (||Theta_0||_F ||Theta_f||_F) of two networks, or of a network and a target kernel.
 
-    The alignment with y y^T is y^T Theta y / ||Theta||_F for y of length 1. One pass gives the numerator exactly, and
-    ``method`` the norm, which must be that of Theta itself: approximate methods are refused. The alignment is within
-    ``rtol`` if the norm is, up to rounding. ``rounding`` includes that of the numerator, which is large if terms
+    The alignment with y y^T is y^T Theta y / ||Theta||_F for y of length 1. One pass computes the numerator exactly,
+    and ``method`` computes the norm, which must be that of Theta itself: approximate methods are refused. The alignment
+    is within ``rtol`` if the norm is, up to rounding. ``rounding`` includes that of the numerator, which is large if
+    terms
     cancel, as for centred labels: choose ``dtype="float64"``. The alignment with a matrix is exact. It uses all of
     Theta, in blocks if it does not fit in ``memory``, and takes no ``method``, ``passes`` or ``rtol``.
 
-    Cost: twice that of :func:`trace`, once for each set of weights (three times for ``wide_head``, unless the layer is
-    also the embedding); with y y^T, that of :func:`norm` and one pass.
+    Cost: that of :func:`norm` at each of the two sets of weights; with ``wide_head`` three times that of :func:`norm`,
+    or 2 (m + 2 d) / (m + d) times if the layer is also the embedding; with y y^T, that of :func:`norm` and one pass.
+
+    Use it to tell lazy learning (an alignment near 1 with the kernel at initialisation) from rich learning, or how well
+    a kernel fits labels.
+
+    Source: that of the method; see ``ntkbench list`` and the page of all methods.
 
     >>> import torch, ntkbench
     >>> model, y = torch.nn.Linear(3, 2), torch.ones(3, 2)
@@ -283,6 +318,7 @@ def alignment(model_0: Any, model_f: Any, x: Any, **keywords: Unpack[Keywords]) 
 
     Raises:
         BadInput, OverMemory, Unavailable: see :func:`trace`.
+        Undefined: one of the two kernels is zero.
     """
     if model_f is None:
         raise BadInput("model_f must be a network, its weights or a target kernel, got None")
@@ -298,7 +334,11 @@ def metrics_of(model: Any, x: Any, model_f: Any = None, **keywords: Unpack[Keywo
     probes split it, and ``notes`` say how. ``Estimate.passes`` is the total cost of all metrics, unless an exact
     method computed each separately.
 
-    Cost: see :func:`trace`.
+    Cost: that of :func:`norm`, once for all metrics; with ``model_f``, that of :func:`alignment`.
+
+    Use it if you need more than one metric.
+
+    Source: that of the method; see ``ntkbench list`` and the page of all methods.
 
     >>> import torch, ntkbench
     >>> found = ntkbench.metrics_of(torch.nn.Linear(3, 2), torch.eye(3))
@@ -315,6 +355,7 @@ def metrics_of(model: Any, x: Any, model_f: Any = None, **keywords: Unpack[Keywo
 
     Raises:
         BadInput, OverMemory, Unavailable: see :func:`trace`.
+        Undefined: a kernel is zero.
     """
     names = metrics.METRICS if model_f is not None else tuple(m for m in metrics.METRICS if m != "alignment")
     found: Estimates = _use(model, x, keywords, names, lambda k, chosen: k.metrics(model_f, **chosen))
@@ -333,21 +374,22 @@ def spectrum(
 ) -> Spectrum:
     """The spectrum of Theta = J J^T of a network at its current weights, with error bounds.
 
-    It has the largest eigenvalues and their eigenvectors, the condition number, the entropy effective rank
-    exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta, the spectral density with error bars
+    It contains the largest eigenvalues and their eigenvectors, the condition number, the entropy effective rank
+    exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta, the spectral density with intervals
     (``density.shares(edges)``) and log det(Theta + ridge I) (``log_determinant(ridge)``). Use it to study trainability
-    (the largest learning rate is 2 / lambda_max, the slowest mode decays with lambda_min) and feature learning (a few
-    eigenvalues that grow out of the rest). The effective rank of :func:`effective_rank` needs no eigenvalues.
+    and feature learning (a few eigenvalues that grow out of the rest). For gradient descent on half the sum of squared
+    errors, the largest stable learning rate is 2 / lambda_max, and the slowest mode decays with lambda_min. The
+    effective rank of :func:`effective_rank` needs no eigenvalues.
 
     If five matrices of the size of Theta fit in ``memory`` (up to about 5000 outputs in 1 GiB), Theta is decomposed:
     everything is exact up to rounding, and ``errors`` bound the rounding. Otherwise products with J and J^T are used.
-    Block Lanczos gives the top eigenvalues. Their errors exclude that larger ones are missing, except with a
-    probability of 0.1 % each, or a note says that they may be. Stochastic Lanczos quadrature gives the density, the
+    Block Lanczos computes the top eigenvalues. Their errors exclude that larger ones are missing, except with a
+    probability of 0.1 % each, or a note says that they may be. Stochastic Lanczos quadrature estimates the density, the
     entropy and the determinant. Ritz values bound the smallest eigenvalue only from above, so that ``condition_bounds``
     have only a lower end. With fewer parameters than outputs Theta is singular, and the condition number infinite.
 
-    Cost: that of :func:`ntk`, O(n^3) operations on the host and 2 passes; by products 2 (top + 4) passes for each step
-    of block Lanczos, after at most 400 for the density.
+    Cost: that of :func:`ntk`, O(n^3) operations on the host and 2 passes. If Theta does not fit, 2 (top + 4) passes for
+    each step of block Lanczos, after at most 400 for the density.
 
     Source: block Lanczos: Golub, Underwood 1977; quadrature: Ubaru, Chen, Saad 2017 (doi 10.1137/16M1104974), algorithm
     1; entropy effective rank: Roy, Vetterli 2007, definition 1.
@@ -392,19 +434,22 @@ def solve(
     seed: int = 0,
     **setup: Unpack[Setup],
 ) -> Solution:
-    """(Theta + ridge I)^-1 y, as in kernel regression, uncertainties and natural gradients.
+    """(Theta + ridge I)^-1 y.
+
+    Use it for kernel regression, uncertainties and natural gradients.
 
     If three matrices of the size of Theta fit in ``memory`` (up to about 7000 outputs in 1 GiB), Theta is factored by
-    Cholesky and the solution is refined by products, in float64 if the network runs in float64. Otherwise conjugate
-    gradients solve the system by products with J J^T, preconditioned by a Nystrom approximation. In both cases
-    ``residual`` is computed by products with J and J^T, not by the recurrence of the iteration, and a solution whose
+    Cholesky and the solution is refined with products, in float64 if the network runs in float64. Otherwise conjugate
+    gradients, which use products with J J^T, solve the system, preconditioned by a Nystrom approximation. In both cases
+    ``residual`` is computed from products with J and J^T, not by the recurrence of the iteration, and a solution whose
     residual stays above ``rtol`` is refused. With conjugate gradients the residual cannot be smaller than the rounding
     of products, about machine epsilon times (lambda_max + ridge) / (lambda_min + ridge); a Cholesky factor needs this
     number to be below 1. Use ``dtype="float64"`` for small ridges. A ridge of 0 is refused if Theta is known to be
     singular. :meth:`ntkbench.Kernel.regress` predicts at other inputs.
 
-    Cost: that of :func:`ntk`, n^3 / 3 operations on the host and 2 to 20 passes; by products up to 64 passes for the
-    preconditioner, and 2 for each iteration. Their number grows with the square root of the condition number.
+    Cost: that of :func:`ntk`, n^3 / 3 operations on the host and 2 to 20 passes. With conjugate gradients, up to 64
+    passes for the preconditioner, and 2 for each iteration. Their number grows with the square root of the condition
+    number.
 
     Source: Hestenes, Stiefel 1952 (doi 10.6028/jres.049.044); the preconditioner: Frangella, Tropp, Udell 2023
     (arXiv 2110.02820).
@@ -450,7 +495,7 @@ def recommend(
     confidence: float = 0.95,
     **setup: Unpack[Setup],
 ) -> Costs:
-    """Predicted passes, seconds, bytes and error of each method for a metric of a network.
+    """Predicted passes, operations, seconds, bytes and error of each method for a metric of a network.
 
     Use it before a long computation, or to see the alternatives to the choice of ``method="auto"``. The result prints
     as a table: methods that reach ``rtol`` come first, the fastest on top, and a method that does not apply has the
@@ -467,7 +512,9 @@ def recommend(
     are therefore rough. If a spectrum has a cliff, methods that deflate it need fewer passes than predicted. Errors of
     approximate methods are their biases on up to 128 samples.
 
-    Cost: a few seconds for small networks; the time of some dozens of passes and of a trace for large ones.
+    Cost: a few seconds for small networks; the time of some dozens of passes and of tracing for large ones.
+
+    Source: this package; ``config/cost_model.yaml`` measures its errors.
 
     >>> import torch, ntkbench
     >>> costs = ntkbench.recommend(torch.nn.Linear(3, 2), torch.ones(4, 3))
@@ -485,8 +532,8 @@ def recommend(
             with a table for each group.
 
     Returns:
-        A list of :class:`ntkbench.cost.Cost`, one for each method, with seconds, bytes and relative errors. It has
-        ``best`` and, as a line of Python, ``code()``.
+        A list of :class:`ntkbench.cost.Cost`, one for each method, with passes, operations, seconds, bytes and relative
+        errors. It has ``best`` and, as a line of Python, ``code()``.
 
     Raises:
         BadInput: an argument cannot be used, or products with the Jacobian are wrong; says why.
@@ -517,14 +564,14 @@ def compare(
 ) -> Trials:
     """Measured results and costs of methods for a metric of a network, side by side.
 
-    Use it to choose a method for many similar networks. Prints as a table, the fastest method first. A method that
-    fails or refuses the network has a line with the reason. Stochastic methods have the same budget or tolerance;
-    compare their errors before their seconds.
+    Use it to choose a method for many similar networks. The result prints as a table, the fastest method first. A
+    method that fails or refuses the network has a line with the reason. Stochastic methods have the same budget or
+    tolerance; compare their errors before their seconds.
 
     Cost: for each method a first call, which prepares it and is not timed, and ``calls`` timed ones, which are
-    interleaved with those of the other methods. Stochastic methods and ``auto`` make ``calls`` more that are not timed,
-    as each seed may take another number of probes, and another program. Seconds are unreliable if the machine does
-    other work at the same time.
+    interleaved with those of the other methods. Stochastic methods and ``auto`` make ``calls`` further untimed calls,
+    since each seed may need another number of probes, for which programs are traced or compiled. Seconds are unreliable
+    if the machine does other work at the same time.
 
     >>> import torch, ntkbench
     >>> methods = ["structured_derivatives", "hutchinson"]
@@ -533,10 +580,11 @@ def compare(
     ['hutchinson', 'structured_derivatives']
 
     Args:
-        model, inputs: see :class:`ntkbench.Kernel`.
+        model, inputs: network and inputs; see :class:`ntkbench.Kernel`.
         other: the other network or weights of an alignment; see :meth:`ntkbench.Kernel.alignment`.
         metric: trace, norm, effective_rank or alignment.
-        methods: names; by default ``auto``, the methods that it tries, and those of the papers.
+        methods: names; by default ``auto``, the methods that it tries, ``hutchinson``, ``hutchpp`` and
+            ``sum_of_logits``.
         passes, rtol: of stochastic methods, see :func:`ntkbench.trace`; 64 passes if neither is given. Those that take
             no tolerance refuse it.
         calls: number of timed calls of each method, each with its own seed.

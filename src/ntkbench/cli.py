@@ -15,7 +15,7 @@ import click
 from ntkbench import errors, paths, registry
 from ntkbench.measure.config import Config
 from ntkbench.methods.base import KINDS, Method, Stochastic
-from ntkbench.metrics import METRICS
+from ntkbench.metrics import METRICS, OF_KERNEL
 from ntkbench.units import aligned, counted
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _of_a_network(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--other",
             metavar=FACTORY,
-            help="For an alignment: the function that returns the other network; its inputs and call are ignored.",
+            help="For an alignment: the function that returns the other network; its inputs and call are not used.",
         ),
         click.option("--device", help="cpu, cuda, cuda:1 or auto.  [default: that of the parameters]"),
         click.option("--dtype", help="float32 or float64.  [default: that of the parameters]"),
@@ -162,7 +162,7 @@ Examples:
 @_of_a_network
 @click.option("--method", default="auto", show_default=True, help="Name of a method, as in `ntkbench list`.")
 @click.option("--passes", type=int, help="Maximum number of passes.")
-@click.option("--rtol", type=float, help="Draw probes until the interval is within this share of the value.")
+@click.option("--rtol", type=float, help="Draw probes until the interval extends at most this fraction to either side.")
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Confidence level of the interval.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probes.")
 def measure(factory: str, other: str | None, metric: str, **more: Any) -> None:
@@ -192,10 +192,10 @@ Examples:
     "--method",
     "methods",
     multiple=True,
-    help="A method to measure.  [default: auto, what it tries, and methods of the papers]",
+    help="A method to measure.  [default: auto, the methods that it tries, hutchinson, hutchpp and sum_of_logits]",
 )
 @click.option("--passes", type=int, help="Maximum number of passes of stochastic methods.  [default: 64]")
-@click.option("--rtol", type=float, help="Tolerance, in place of a number of passes.")
+@click.option("--rtol", type=float, help="Tolerance for stochastic methods, instead of a number of passes.")
 @click.option("--calls", type=click.IntRange(min=1), default=5, show_default=True, help="Timed calls per method.")
 @click.option("--output", type=NEW, help="CSV file for all numbers.")
 @click.option("--report", type=NEW, help="HTML file for a page with a picture, all numbers and their provenance.")
@@ -290,7 +290,7 @@ def _networks(
 @click.argument("config_file", type=FILE)
 @click.option("--predict", is_flag=True, help="Also predict the time of the grid, from a few passes on each problem.")
 def check(config_file: Path, predict: bool) -> None:
-    """Check a configuration, and say how much is left to measure and how long it took last time.
+    """Check a configuration, and report what is left to measure, and how long it took last time.
 
     CONFIG_FILE is the YAML file of a run, such as config/default.yaml.
     """
@@ -547,15 +547,16 @@ Examples:
   ntkbench list --backend jax
 """,
 )
-@click.option("--metric", type=click.Choice(METRICS), help="Only methods that compute this metric.")
+@click.option("--metric", type=click.Choice((*METRICS, *OF_KERNEL)), help="Only methods that compute this metric.")
 @click.option("--kind", type=click.Choice(KINDS), help="Only methods of this kind.")
 @click.option("--backend", type=click.Choice(["torch", "jax"]), help="Only methods that run on this backend.")
 def list_(metric: str | None, kind: str | None, backend: str | None) -> None:
     """List problems, methods and studies; with a filter, only the methods that match.
 
     The passes of a stochastic method are per probe, one number or one for each metric. Those of other methods are for
-    one set of weights, with T steps and a last hidden layer of width d; an alignment takes twice as many, by wide_head
-    with an untied head three times. Methods of neural-tangents count no passes.
+    one set of weights, with T steps and a last hidden layer of width d; an alignment takes twice as many; with
+    wide_head it takes 3 T d, or 2 T (m + 2 d) with a tied head and m distinct tokens. Methods of neural-tangents count
+    no passes.
     """
     from ntkbench import methods, problems, studies
 
@@ -564,7 +565,7 @@ def list_(metric: str | None, kind: str | None, backend: str | None) -> None:
         click.echo(f"problem  {name:32} {problems.describe(name)}")
     rows = [("method   name", "kind", "backends", "metrics", "passes", "title [source]")]
     for method in map(methods.get, methods.names()):
-        if metric not in (None, *method.metrics) or kind not in (None, method.kind):
+        if metric not in (None, *method.given) or kind not in (None, method.kind):
             continue
         if backend not in (None, *method.backends):
             continue

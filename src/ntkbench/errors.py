@@ -23,7 +23,8 @@ class NotFinite(BadInput):
 
 
 class Unavailable(NtkbenchError):
-    """Something that is not available here: a data set, a device, operations over a limit; tables have the reason."""
+    """A data set, package or device that is not available here, or a computation over a limit; tables record the
+    reason."""
 
 
 class Missing(Unavailable):

@@ -126,7 +126,7 @@ class Estimate:
             not known.
         logarithmic: whether errors are symmetric in the logarithm for any metric, as those of an alignment with y y^T,
             in which only the norm has a standard error.
-        kernel: the matrix that the metric is of: Theta, or an approximation such as pNTK ⊗ I_O.
+        kernel: the matrix whose metric this is: Theta, or an approximation such as pNTK ⊗ I_O.
         confidence: the requested confidence level, that of the printed interval and, by default, of :meth:`interval`.
     """
 
@@ -194,8 +194,9 @@ class Estimate:
         It is value +- t * standard_error, with the quantile t of Student's distribution for the degrees of freedom, on
         the scale on which the metric's errors are symmetric: log for trace, norm and effective rank, atanh for the
         alignment of two kernels. The delta method transforms the standard error to that scale. With few probes on a
-        steep spectrum this raises the coverage from 75 % to 90 %. The interval contains the value, and is clipped to
-        the metric's range as far as the value is in it. It is unbounded if the standard error is unknown.
+        steep spectrum, an interval without this transformation would contain the exact value too rarely. The interval
+        contains the value, and is clipped to the metric's range as far as the value is in it. It is unbounded if the
+        standard error is unknown.
 
         Raises:
             BadInput: the confidence level is not between 0 and 1.

@@ -99,6 +99,8 @@ class Kernel:
     several names counts once. The network is never changed, and is evaluated in its current mode: train-mode BatchNorm
     is allowed (its samples interact, which rules some methods out), train-mode Dropout is not.
 
+    Use it instead of the functions of :mod:`ntkbench.api` if you need more than one result of a network.
+
     Cost: some passes for checks (see :func:`ntkbench.from_module`). The trace is made when it is first needed, and one
     plain backward pass certifies each new set of weights.
 
@@ -176,15 +178,15 @@ class Kernel:
         return f"Kernel({p.name}: N = {p.N}, O = {p.O}, P = {p.P}, {self._target.dtype}, {self._target.backend})"
 
     def trace(self, **keywords: Unpack[OptionKeywords]) -> Estimate:
-        """tr Theta; see :func:`ntkbench.trace`."""
+        """tr Theta; methods, cost, units and errors are those of :func:`ntkbench.trace`."""
         return self._estimates(("trace",), options.asked(keywords))["trace"]
 
     def norm(self, **keywords: Unpack[OptionKeywords]) -> Estimate:
-        """||Theta||_F, not its square; see :func:`ntkbench.trace`."""
+        """||Theta||_F, not its square; methods, cost, units and errors are those of :func:`ntkbench.norm`."""
         return self._estimates(("norm",), options.asked(keywords))["norm"]
 
     def effective_rank(self, **keywords: Unpack[OptionKeywords]) -> Estimate:
-        """(tr Theta)^2 / ||Theta||_F^2; see :func:`ntkbench.trace`."""
+        """(tr Theta)^2 / ||Theta||_F^2; methods, cost and errors are those of :func:`ntkbench.effective_rank`."""
         return self._estimates(("effective_rank",), options.asked(keywords))["effective_rank"]
 
     def alignment(self, other: Any, **keywords: Unpack[OptionKeywords]) -> Estimate:
@@ -199,9 +201,13 @@ class Kernel:
                 If the parameters of a JAX function are one array, an array of its shape is parameters.
             keywords: see :class:`ntkbench.options.Options`.
 
+        Returns:
+            The alignment, from 0 to 1, without a unit; see :class:`ntkbench.Estimate`.
+
         Raises:
             BadInput: there are no such weights, or the two kernels are not of the same outputs; or an array may be
                 either y or a matrix, as N = O, or a target or parameters; or as for :func:`ntkbench.trace`.
+            OverMemory, Unavailable, Undefined: as for :func:`ntkbench.alignment`.
         """
         asked = options.asked(keywords)
         ladder.check(("alignment",), asked)
@@ -212,7 +218,7 @@ class Kernel:
     def metrics(self, other: Any = None, **keywords: Unpack[OptionKeywords]) -> Estimates:
         """All metrics by name, from the same probes; with ``other`` the alignment too.
 
-        ``other`` is as for :meth:`alignment`. See :func:`ntkbench.metrics_of`.
+        ``other`` is as for :meth:`alignment`. Cost, units and errors are those of :func:`ntkbench.metrics_of`.
         """
         asked = options.asked(keywords)
         own = tuple(name for name in metrics.METRICS if name != "alignment")
@@ -228,11 +234,12 @@ class Kernel:
 
         K is the kernel of the parameters' effect on the operations that use them, P the derivative of the outputs with
         respect to the results of these operations. Use them to tell whether a kernel changes with the representation
-        (K) or with the dynamics (P). K is exact and takes a forward pass. P P* is estimated by ``probes`` passes, and
-        exact where ``probes`` is at least O and memory allows. For a network that declares its recurrence it is always
-        estimated, by two products with P or P* for each probe (one for the trace, four for the alignment). For other
-        networks, some parameters are in neither factor: scales and shifts, weights that are computed from parameters,
-        biases without their weight, and transposed convolutions. ``left_out`` names them.
+        (K) or with the dynamics (P). K is exact and takes a forward pass. P P* is estimated from ``probes`` passes and
+        one for the certificate, twice that with ``other``, and exact where ``probes`` is at least O and memory allows.
+        For a network that declares its recurrence it is always estimated, by two products with P or P* for each probe
+        (one for the trace, four for the alignment). For other networks, some parameters are in neither factor: scales
+        and shifts, weights that are computed from parameters, biases without their weight, and transposed convolutions.
+        ``left_out`` names them.
 
         Args:
             other: another network or weights, as for :meth:`alignment`, with which K and P P* are aligned; no array.
@@ -264,7 +271,8 @@ class Kernel:
         names = metrics.METRICS if other is not None else tuple(n for n in metrics.METRICS if n != "alignment")
         kernel = self if other is None else self._beside(other)
         if kernel.problem.samples_interact:
-            raise BadInput("samples interact, as with BatchNorm in train mode, so P would mix them")
+            remedy = "call model.eval(), if this is due to BatchNorm in train mode"
+            raise BadInput(f"samples interact, so Theta has no factors K and P: {remedy}")
         with self._settings():
             if operators.declares(kernel.problem.module):
                 return factors.of_recurrence(kernel.problem, self._target, names, probes, seed)
@@ -276,7 +284,8 @@ class Kernel:
     ) -> Costs:
         """Predicted costs of each method for a metric to a tolerance; see :func:`ntkbench.recommend`.
 
-        ``other`` is another kernel, network or set of weights, as for :meth:`alignment`.
+        ``other`` is another kernel, network or set of weights, as for :meth:`alignment`. Cost and errors are those of
+        :func:`ntkbench.recommend`.
         """
         from ntkbench import cost
 
@@ -297,7 +306,8 @@ class Kernel:
     ) -> Trials:
         """Measured results and costs of methods for a metric; see :func:`ntkbench.compare`.
 
-        ``other`` is another kernel, network or set of weights, as for :meth:`alignment`.
+        ``other`` is another kernel, network or set of weights, as for :meth:`alignment`. Cost and errors are those of
+        :func:`ntkbench.compare`.
         """
         from ntkbench import trials
 
@@ -336,10 +346,21 @@ class Kernel:
             seed: seed of ``random_vector``.
             file: where to write the kernel, rectangle by rectangle within ``memory``; an interrupted computation
                 resumes.
+
+        Returns:
+            The kernel, as :func:`ntkbench.ntk` returns it.
+
+        Raises:
+            BadInput, NtkbenchError, OverMemory, Unavailable: as for :func:`ntkbench.ntk`.
         """
         from ntkbench.layerwise import sample_kernels
 
         chosen, seed = sample_kernels.get(kernel), options.seed(seed)
+        if chosen.last_layer and self._target.backend == "jax":
+            raise BadInput(
+                f"kernel={kernel!r} is for a torch.nn.Module; for a JAX function select the layer's parameters by "
+                "parameters= and use kernel='trace'"
+            )
         problem, columns = (self.problem, None) if inputs is None else self._columns(inputs)
         with self._settings():
             rows = 1 if chosen.between_samples else problem.O
@@ -441,14 +462,19 @@ class Kernel:
             passes: maximum number of passes of products.
             seed: seed of the first block.
 
+        Source: block Lanczos: Golub, Underwood 1977.
+
         Returns:
             ``values [top]``, ``errors [top]`` (each value is within that distance of the eigenvalue with the same
             index, including the expected rounding of the network's own passes; see
-            :class:`ntkbench.estimators.lanczos.Eigenvalues`), ``passes``.
+            :class:`ntkbench.estimators.lanczos.Eigenvalues`), ``passes``. Values and errors are in units of a squared
+            output per squared parameter.
 
         Raises:
-            BadInput: the first step takes more than ``passes``.
+            BadInput: an argument cannot be used, such as ``top`` above n or fewer ``passes`` than the first step takes;
+                or no method can compute the kernel.
             OverMemory: memory does not hold so many eigenvectors.
+            Unavailable: the device is not available.
         """
         from ntkbench.estimators import lanczos
         from ntkbench.operators import linearise
@@ -467,7 +493,8 @@ class Kernel:
     def spectrum(self, top: int | None = None, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Spectrum:
         """Eigenvalues and eigenvectors, condition number, entropy effective rank and density of Theta, with bounds.
 
-        See :func:`ntkbench.spectrum`. For the largest eigenvalues alone, :meth:`eigenvalues` costs less.
+        Cost, units and errors are those of :func:`ntkbench.spectrum`. For the largest eigenvalues alone,
+        :meth:`eigenvalues` costs less.
         """
         from ntkbench.estimators import spectrum
         from ntkbench.operators import linearise
@@ -522,7 +549,7 @@ class Kernel:
         return (theta, *ledger())
 
     def solve(self, y: Any, *, ridge: float, rtol: float = 1e-5, passes: int = 4096, seed: int = 0) -> Solution:
-        """(Theta + ridge I)^-1 y with its residual; see :func:`ntkbench.solve`."""
+        """(Theta + ridge I)^-1 y with its residual; cost, units and errors are those of :func:`ntkbench.solve`."""
         from ntkbench.estimators import solve
         from ntkbench.operators import linearise
 
@@ -658,7 +685,7 @@ class Kernel:
         if given.shape not in (shapes := self._shapes_of_outputs()):
             raise BadInput(f"y must be shaped like the outputs, {_one_of(shapes)}, got shape {given.shape}")
         if not np.isfinite(given).all():
-            raise BadInput("y must be finite")
+            raise BadInput("y has nan or infinite entries: all must be finite")
         return given.astype(np.float64)
 
     def _shapes_of_outputs(self) -> list[tuple[int, ...]]:
@@ -669,9 +696,15 @@ class Kernel:
     def at(self, weights: Any) -> Kernel:
         """The kernel of the same network at other weights, which shares the trace; the same seed draws the same probes.
 
+        Cost: for a network at most seven forward and two backward passes for checks, and none for values by name. A JAX
+        function is traced again.
+
         Args:
             weights: a network with the same parameters, whose buffers and frozen parameters go with it; or values by
                 name, such as a ``state_dict`` (a pytree, for a JAX function). Those that are not given stay the same.
+
+        Returns:
+            A new kernel; this one does not change.
 
         Raises:
             BadInput: there are no such parameters, they have other shapes, others are trainable, or with the same
@@ -697,8 +730,13 @@ class Kernel:
         Args:
             patterns: by the group's name, names or patterns of parameters such as ``"*.attention.*"``.
 
+        Cost: no passes.
+
+        Returns:
+            A kernel for each group, by its name. All have the sizes N and O of this one.
+
         Raises:
-            BadInput: a pattern matches no trainable parameter.
+            BadInput: a pattern matches no trainable parameter, or the groups are not a dict with distinct names.
         """
         from ntkbench.problems.base.calls import groups
 
@@ -824,7 +862,7 @@ class Kernel:
             every = map(methods.get, methods.names())
             able = (each.name for each in every if gives(each) and self._target.backend in each.backends)
             raise BadInput(
-                f"the alignment with a target needs the norm of Theta itself, which {name} does not give; "
+                f"the alignment with a target needs the norm of Theta itself, which {name} does not compute; "
                 f"allowed: auto, {', '.join(able)}"
             )
 
@@ -883,7 +921,7 @@ class Kernel:
                         inner += _inner(block, entries)
             if square == 0:
                 ladder.check_range(p, ("norm",), self._target)
-                raise Undefined("alignment is not defined where Theta is zero")
+                raise Undefined("the alignment is not defined where Theta is zero")
             if not square < math.inf:
                 raise BadInput("the alignment is not finite, as squares of Theta overflow: scale the outputs")
         spent, notes, certificate = ledger()
@@ -915,8 +953,8 @@ class Kernel:
         if asked.method != "auto":
             least = 1 + ladder.least_passes(self.problem, names, methods.stochastic(asked.method))
         if asked.passes < least:
-            said = f"{' and '.join(names)} by {asked.method}, and the alignment with a target,"
-            raise BadInput(f"{said} take at least {least} passes together; got {asked.passes}")
+            said = f"the {metrics.words(*names)} by {asked.method}, and the alignment with a target,"
+            raise BadInput(f"{said} take at least {least} passes together; got passes={asked.passes}")
         return replace(asked, passes=asked.passes - 1)
 
     def _ways(self, problem: Problem, columns: Any) -> list[Way]:
@@ -973,8 +1011,6 @@ def _in_jax(problem: Problem, columns: Any) -> list[Way]:
     def adapted(way: jax_kernel.Way) -> Way:
         @functools.wraps(way)
         def prepare(problem: Problem, x2: Any, kernel: SampleKernel, target: Target, seed: int) -> tuple[Part, Ledger]:
-            if kernel.last_layer:
-                raise BadInput("a JAX function has no last layer: select its parameters by parameters='...'")
             directions = None if kernel.directions is None else kernel.directions(problem.O, seed)
             arguments = problem, x2, directions, kernel.averaged, target
             in_parts = functools.cache(lambda: jax_kernel.in_parts(way, *arguments))
@@ -1017,7 +1053,7 @@ def _sample_by_sample(
 
 
 def _row_by_row(problem: Problem, x2: Any, kernel: SampleKernel, target: Target, seed: int) -> tuple[Part, Ledger]:
-    """By products over the whole batch, which allows samples to interact."""
+    """From products over the whole batch, which allows samples to interact."""
     return _sample_by_sample(problem, x2, kernel, target, seed, independent=False)
 
 

@@ -20,6 +20,7 @@ from ntkbench.operators import arrays, declares
 from ntkbench.operators.certificate import Uncertified, random_weights
 from ntkbench.options import Options, Target
 from ntkbench.problem import Problem
+from ntkbench.units import counted, over_memory
 
 EXACT = {
     "torch": (
@@ -86,7 +87,7 @@ OF_RECURRENT = "group_u_statistics"
 """Tried before these if the network declares its recurrence: the gradient of one trial costs more than its pass."""
 
 POOLED, LIGHT = "hutchinson", 2.5
-"""With ``rtol``, tried before :data:`OF_RECURRENT` if its first look takes at most this many times the operations, as
+"""With ``rtol``, tried before :data:`OF_RECURRENT` if its first check takes at most this many times the operations, as
 with few trials. Gradients of groups are slower by about this factor."""
 
 STOCHASTIC: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -95,7 +96,7 @@ STOCHASTIC: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "effective_rank": (PAIRS, WHOLE),
     "alignment": (PAIRS, WHOLE),
 }
-"""Estimators of ``method="auto"``: those for independent samples, then those by products over the whole batch, which
+"""Estimators of ``method="auto"``: those for independent samples, then those from products over the whole batch, which
 also allow samples to interact."""
 
 OTHER_SIDE = {
@@ -135,8 +136,34 @@ class Dearer(errors.NtkbenchError):
     """
 
     def __init__(self, passes: float, memory: int) -> None:
-        super().__init__(f"{passes:g} passes in {memory} bytes of memory, which take longer than an estimate")
+        super().__init__(f"{passes:g} passes with memory={memory} take longer than an estimate")
         self.passes = passes
+
+
+class DoesNotApply(BadInput):
+    """A method that does not compute a metric of a network.
+
+    Attributes:
+        reason: why not.
+    """
+
+    def __init__(self, method: str, metric: str, reason: str) -> None:
+        """See the attributes."""
+        super().__init__(f"{method} cannot compute the {metrics.words(metric)} of this network: {reason}")
+        self.reason = reason
+
+
+class TooFewPasses(BadInput):
+    """A budget that is too small for a method.
+
+    Attributes:
+        least: the smallest budget.
+    """
+
+    def __init__(self, message: str, least: float) -> None:
+        """See the attributes."""
+        super().__init__(message)
+        self.least = least
 
 
 class Underflow(BadInput):
@@ -181,7 +208,26 @@ def estimates(problem: Problem, names: Sequence[str], target: Target, options: O
     for name in list(search.given_up):  # nothing else worked
         if found := search.tried(name):
             return found
-    raise BadInput(f"no method can compute the {' and '.join(names)} of this network: {_reasons(search.remarks)}")
+    said = f"no method can compute the {metrics.words(*names)} of this network"
+    if not search.least:
+        raise BadInput(f"{said}: {_reasons(search.remarks)}")
+    least = search.least | _unaffordable(problem, names, target, options)
+    others = [remark for remark in search.remarks if not any(f" {name}: " in remark for name in search.least)]
+    cheapest = min(least, key=least.__getitem__)
+    needed = f"passes={options.passes} is too few, at least {least[cheapest]:g} are needed ({cheapest})"
+    raise BadInput(f"{said}: {'; '.join(filter(None, (needed, _reasons(others))))}")
+
+
+def _unaffordable(problem: Problem, names: Sequence[str], target: Target, options: Options) -> dict[str, float]:
+    """Exact methods that apply but take more passes than the budget, with those of all metrics."""
+    if options.passes is None:
+        return {}
+    found = {}
+    for name in exact_methods(problem, names[-1], target):
+        needed = (methods.get(name).passes_needed(problem, metric, target) for metric in names)
+        if (total := sum(passes or 0.0 for passes in needed)) > options.passes:
+            found[name] = total
+    return found
 
 
 def _reasons(remarks: Sequence[str]) -> str:
@@ -204,6 +250,7 @@ class _Search:
         exact: remaining exact methods, the cheapest first, with the passes that each takes.
         remarks: why others were not used, and what was tried first.
         given_up: methods that were abandoned because others cost less, with the operations that each needs.
+        least: methods for which the budget is too small, with the smallest one.
     """
 
     def __init__(
@@ -216,6 +263,7 @@ class _Search:
         self.exact = {name: passes for name, passes in exact.items() if self._is_within_budget(methods.get(name))}
         self.remarks: list[str] = []
         self.given_up: dict[str, float] = {}
+        self.least: dict[str, float] = {}
 
     def tried(self, name: str, limit: Cost = UNLIMITED) -> Estimates | None:
         """Estimates by a method, or by an exact one if the tolerance would cost more; ``None`` if it fails.
@@ -230,6 +278,8 @@ class _Search:
         if not set(self._names) <= set(step.metrics) or (options.rtol is not None and not _takes_rtol(step)):
             return None
         if not self._is_within_budget(step) or self._is_like_given_up(step):
+            return None
+        if self._target.backend not in step.backends:
             return None
         left = _most(options)
         try:
@@ -258,7 +308,9 @@ class _Search:
         except Exception as error:  # whatever the error, the next method may work
             if concerns_all_methods(error):
                 raise
-            self._refused(name, errors.reason(error))
+            if isinstance(error, TooFewPasses) and options.passes is not None:
+                self.least[name] = error.least
+            self._refused(name, error.reason if isinstance(error, DoesNotApply) else errors.reason(error))
             return None
         rtol = options.rtol
         if rtol is not None and not isinstance(step, Stochastic) and not _reached(found, rtol, options.confidence):
@@ -316,7 +368,8 @@ class _Search:
         return of_passes + self._products(method, probes)
 
     def _refused(self, name: str, reason: str) -> None:
-        """Note why a method cannot be used; methods with the same reason share a remark."""
+        """Note why a method cannot be used; methods with the same reason share a remark, and each is named once."""
+        reason = reason.removeprefix(f"{name}: ").removeprefix(f"{name} ")
         for i, remark in enumerate(self.remarks):
             if remark.startswith("passed over ") and remark.endswith(f": {reason}"):
                 self.remarks[i] = f"{remark.removesuffix(f': {reason}')} and {name}: {reason}"
@@ -447,7 +500,8 @@ def choices(
     exact, found = exact_methods(problem, metric, target), []
     for name, _ in _steps(problem, metric, target, Options(passes=passes, rtol=rtol), exact):
         exact.pop(name, None)
-        found.append(name)
+        if rtol is None or _takes_rtol(methods.get(name)):
+            found.append(name)
     return list(dict.fromkeys(found))
 
 
@@ -482,12 +536,12 @@ def _is_short(problem: Problem, metric: str, target: Target) -> bool:
 def _is_pooled_first(problem: Problem, metric: str, options: Options) -> bool:
     """Whether :data:`POOLED` is tried before :data:`OF_RECURRENT`; see :data:`LIGHT`."""
 
-    def first_look(name: str) -> float:
+    def first_check(name: str) -> float:
         method = methods.get(name)
         assert isinstance(method, Incremental)
         return work(problem, metric, method, method.cost(metric, method.probes_to_decide(problem, metric)))
 
-    return options.rtol is not None and first_look(POOLED) <= LIGHT * first_look(OF_RECURRENT)
+    return options.rtol is not None and first_check(POOLED) <= LIGHT * first_check(OF_RECURRENT)
 
 
 def _estimators(problem: Problem, metric: str, target: Target, options: Options) -> list[str]:
@@ -538,7 +592,8 @@ def _budgets(problem: Problem, names: Sequence[str], method: Method, passes: int
         return dict.fromkeys(names, passes)
     together = least_passes(problem, names, method)
     if passes < together:
-        raise BadInput(f"{method.name}: {' and '.join(names)} take at least {together} passes together; got {passes}")
+        needed = f"at least {counted(together, 'pass', 'passes')} for the {metrics.words(*names)} together"
+        raise TooFewPasses(f"{method.name} takes {needed}; got passes={passes}", together)
     return {metric: passes * method.least_passes(problem, metric) // together for metric in names}
 
 
@@ -547,7 +602,7 @@ def _together(found: Mapping[str, Estimate], budgets: Mapping[str, int | None], 
     spent = sum(estimate.passes or 0.0 for estimate in found.values())
 
     def noted(metric: str, estimate: Estimate) -> Estimate:
-        note = f"the metrics share no probes: {budgets[metric]} of {passes} passes are for the {metric}"
+        note = f"the metrics share no probes: {budgets[metric]} of {passes} passes are for the {metrics.words(metric)}"
         return replace(estimate, passes=spent, notes=(*estimate.notes, note))
 
     return {metric: noted(metric, estimate) for metric, estimate in found.items()}
@@ -562,11 +617,14 @@ def check(names: Sequence[str], options: Options) -> None:
     if options.method == "auto":
         return
     method = methods.get(options.method)
-    if not set(names) <= set(method.metrics):
-        given = ", ".join(method.given)
-        raise BadInput(f"{method.name} cannot compute the {' and '.join(names)} of this network: gives {given} only")
+    if missing := [name for name in names if name not in method.metrics]:
+        raise BadInput(
+            f"{method.name} computes the {metrics.words(*method.given)} only, not the {metrics.words(*missing)}"
+        )
     if options.passes is not None and not method.takes_passes:
         raise BadInput(f"{method.name} is {method.kind} and takes no budget of passes: omit passes")
+    if options.rtol is not None and not method.takes_passes:
+        raise BadInput(f"{method.name} is {method.kind} and takes no rtol: omit rtol")
     if options.rtol is not None and not isinstance(method, Incremental):
         able = (name for name in methods.names() if isinstance(methods.get(name), Incremental))
         allowed = ", ".join(name for name in able if set(names) <= set(methods.get(name).metrics))
@@ -576,7 +634,7 @@ def check(names: Sequence[str], options: Options) -> None:
 def check_range(problem: Problem, names: Sequence[str], target: Target) -> None:
     """Refuse gradients that are so small that their squares, or those of the kernel, underflow.
 
-    Cost: one plain backward pass for each parameter set of a problem.
+    Cost: one plain backward pass for each set of weights of a problem.
 
     Raises:
         Underflow: the squares underflow; says what helps.
@@ -595,6 +653,22 @@ def check_range(problem: Problem, names: Sequence[str], target: Target) -> None:
                 f"gradients are so small, about {norm:.0e} for an output, that squares underflow in {target.dtype}: "
                 f"{remedy}"
             )
+
+
+def _check_budget(
+    problem: Problem, metric: str, target: Target, options: Options, method: Method, budget: int | None
+) -> None:
+    """Refuse a budget that is too small for a method that applies otherwise.
+
+    Raises:
+        TooFewPasses: says which budget is enough.
+    """
+    if not isinstance(method, Stochastic) or budget is None or method.unsupported_reason(problem, metric, target):
+        return
+    if budget < (least := method.least_passes(problem, metric)):
+        needed = f"at least {counted(least, 'pass', 'passes')} for the {metrics.words(metric)}"
+        given = f"got passes={budget}" if options.passes is not None else f"the default is passes={budget}"
+        raise TooFewPasses(f"{method.name} takes {needed}; {given}", least)
 
 
 def _all_passes(problem: Problem, names: Sequence[str], target: Target, prepared: Any, method: Method) -> float | None:
@@ -645,7 +719,7 @@ def _row_norm(problem: Problem, weights: str, target: Target) -> float:
 
 def _named(run: Callable[[], dict[str, Estimate]], method: Method, names: Sequence[str]) -> dict[str, Estimate]:
     """The result of a method requested by name, or one line that says why there is none."""
-    refused = f"{method.name} cannot compute the {' and '.join(names)} of this network"
+    refused = f"{method.name} cannot compute the {metrics.words(*names)} of this network"
     try:
         return run()
     except Uncertified as error:
@@ -705,14 +779,16 @@ def _computed(
         elif options.method == "auto":
             budget = int(min(budget, _worth(problem, names[-1], method)))
     for metric in names:
-        reason = method.unsupported_reason(problem, metric, target, budget)
-        if reason:
-            raise BadInput(f"{method.name} cannot compute the {metric} of this network: {reason}")
+        if reason := method.unsupported_reason(problem, metric, target, budget):
+            _check_budget(problem, metric, target, options, method, budget)
+            raise DoesNotApply(method.name, metric, reason)
     budgets = _budgets(problem, names, method, budget)
     for metric in names:
         needed = method.bytes_needed(problem, metric, target, budgets[metric])
         if needed > target.memory:
-            raise OverMemory(f"{method.name} needs {needed} bytes at once for the {metric}; memory is {target.memory}")
+            remedy = "raise memory" if budget is None else "raise memory, or give fewer passes"
+            said = over_memory(needed, target.memory, f"for the {metrics.words(metric)}")
+            raise OverMemory(f"{method.name} needs {said}: {remedy}")
     prepared = prepare(method)
     if limit != UNLIMITED:
         planned = max(method.planned_passes(prepared, metric) for metric in names)
@@ -722,7 +798,8 @@ def _computed(
     if not isinstance(method, Stochastic):
         total = _all_passes(problem, names, target, prepared, method)
         if total is not None and options.passes is not None and total > options.passes:
-            raise BadInput(f"{total:g} passes in {target.memory} bytes of memory, and {options.passes} are allowed")
+            needs = f"{total:g} passes with memory={target.memory}, more than passes={options.passes}"
+            raise BadInput(f"{method.name} takes {needs}: raise passes or memory")
     try:
         with progress_bar.of_passes(f"{', '.join(names)} by {method.name}", problem.N, total):
             if budget is not None and isinstance(method, Incremental):
@@ -738,6 +815,6 @@ def _computed(
     for metric, estimate in found.items():
         if not math.isfinite(estimate.value):
             wider = "" if target.dtype == "float64" else f" {target.dtype} (dtype='float64' has a wider range)"
-            said = f"the {metric} by {method.name} is {estimate.value}: gradients are not finite, or overflow{wider}"
-            raise NotFinite(said)
+            said = f"the {metrics.words(metric)} by {method.name} is {estimate.value}"
+            raise NotFinite(f"{said}: gradients are not finite, or overflow{wider}")
     return {metric: replace(estimate, confidence=options.confidence) for metric, estimate in found.items()}

@@ -61,6 +61,12 @@ SYMBOLS = {
 }
 
 
+def words(*names: str) -> str:
+    """Metrics in words: ``trace``, ``trace and effective rank``, or ``trace, norm and effective rank``."""
+    *others, last = (name.replace("_", " ") for name in names)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def check(metric: str) -> None:
     """Check that a metric exists.
 
@@ -72,7 +78,7 @@ def check(metric: str) -> None:
 
 
 def parameter_sets(metric: str) -> tuple[str, ...]:
-    """Names of the parameter sets that a metric depends on."""
+    """Names of the sets of weights that a metric depends on."""
     return ("theta_0", "theta_f") if metric == "alignment" else ("theta_0",)
 
 
@@ -103,7 +109,7 @@ def of_eigenvalues(metric: str, values: np.ndarray, *, copies: int = 1, error: f
     if metric == "largest_eigenvalue":
         return largest
     if largest == 0:
-        raise Undefined(f"the {metric.replace('_', ' ')} is not defined where Theta is zero")
+        raise Undefined(f"the {words(metric)} is not defined where Theta is zero")
     if metric == "condition_number":
         if smallest <= error:
             raise Undefined(f"the smallest eigenvalue, {smallest:.2g}, may be zero: its rounding is {error:.2g}")
@@ -158,7 +164,9 @@ class Moments:
         if name == "norm":
             return math.sqrt(self.square)
         if self.square == 0 or (name == "alignment" and self.square_f == 0):
-            raise Undefined(f"{name} is not defined where Theta is zero: no parameter in theta affects any output")
+            raise Undefined(
+                f"the {words(name)} is not defined where Theta is zero: no parameter in theta affects any output"
+            )
         if math.isinf(self.square) or (name == "alignment" and math.isinf(self.square_f)):
             return math.nan  # a finite number over one that overflowed would be 0
         if name == "effective_rank":

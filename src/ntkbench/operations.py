@@ -14,6 +14,9 @@ from ntkbench.ambient import uncompiled
 from ntkbench.operators import declares
 from ntkbench.problem import Problem, on_shapes
 
+FORWARD_AND_BACKWARD = 3
+"""Operations of a forward and a backward pass, relative to those of the forward pass."""
+
 
 class Layer(NamedTuple):
     """Sizes of a matrix product or convolution with a weight.
@@ -106,22 +109,22 @@ def of_diagonal(problem: Problem, directions: float) -> float:
 
 
 def ends(metric: str) -> int:
-    """Number of parameter sets of a metric."""
+    """Number of sets of weights of a metric."""
     return len(metrics.parameter_sets(metric))
 
 
 def of_gram(metric: str, rows: int, columns: int, across: float = 0.0) -> float:
-    """Operations of Gram matrices, one for each parameter set and ``across`` between the sets; 0 for the trace."""
+    """Operations of Gram matrices, one for each set of weights and ``across`` between the sets; 0 for the trace."""
     return 0.0 if metric == "trace" else (ends(metric) + across) * of_rows(rows, columns)
 
 
 def by_layers(problem: Problem, metric: str, passes: float, most: float = math.inf, *, shorter: bool = False) -> float:
-    """Operations of kernels by layers at each parameter set, or of their diagonals for the trace.
+    """Operations of kernels by layers at each set of weights, or of their diagonals for the trace.
 
     Args:
         problem: the problem.
         metric: the metric.
-        passes: one for each direction of a sample and parameter set.
+        passes: one for each direction of a sample and set of weights.
         most: largest number of directions of one kernel; more directions are split into several kernels.
         shorter: see :func:`of_kernel`.
     """

@@ -26,8 +26,8 @@ class Target:
         memory: bytes that blocks of passes and of rows may use; larger computations are split into more blocks.
         program_memory: bytes that one compiled program may use, if that is known before it runs; ``None`` for 80 % of
             the free memory of the device.
-        tf32: whether torch may round the factors of float32 products to TF32 (10 bits) on a GPU, which is several times
-            as fast. Metrics and certificates are then accurate to about 1e-3.
+        tf32: whether torch may round the operands of float32 products to TF32 (10 bits of mantissa) on a GPU, which is
+            several times as fast. Metrics and certificates are then accurate to about 1e-3.
     """
 
     backend: str = "torch"
@@ -48,7 +48,7 @@ class Target:
         if self.tf32 and (self.backend, self.dtype) != ("torch", "float32"):
             raise BadInput(f"tf32 is for torch in float32 only, got {self.backend} in {self.dtype}: omit it")
         if self.memory <= 0:
-            raise BadInput(f"memory must be a positive number of bytes, got {self.memory}")
+            raise BadInput(f"memory must be a positive whole number of bytes, got {self.memory}")
 
     @property
     def itemsize(self) -> int:
@@ -130,10 +130,9 @@ def positive(what: str, value: object, unit: str = "") -> int:
     Raises:
         BadInput: it is not one.
     """
-    number = _whole(what, value)
-    if number <= 0:
-        raise BadInput(f"{what} must be a positive number{unit}, got {value!r}")
-    return number
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value <= 0:
+        raise BadInput(f"{what} must be a positive whole number{unit}, got {value!r}")
+    return int(value)
 
 
 LEAST = 1e-6

@@ -211,7 +211,7 @@ class Problem:
         }
 
     def _others(self, which: str) -> Weights:
-        """What the network holds besides the values of a parameter set: tables, masks, inputs of several kinds."""
+        """What the network holds besides the values of a set of weights: tables, masks, inputs of several kinds."""
         if self.module is None:
             return {}
         from ntkbench.modules import values

@@ -449,7 +449,7 @@ def _times(row: pd.Series) -> tuple[str, str]:
 def large_networks(tables: Tables) -> str:
     """Large cases on a GPU: seconds, and their ratios to those at the device's peak rate and to those of a rival.
 
-    A case that was not measured has the reason in place of its seconds.
+    A case that was not measured has the reason instead of its seconds.
     """
     table = tables.read("gpu/large")
     rows = []
@@ -636,7 +636,7 @@ def language_training(tables: Tables) -> str:
 
 
 def _seconds_of_both(row: pd.Series) -> tuple[str, str]:
-    """Our seconds and theirs; if they were not measured, the reason in place of theirs."""
+    """Our seconds and theirs; if they were not measured, the reason instead of theirs."""
     if pd.isna(row["ratio"]):
         return "", _cell(re.sub(r"^\w+: ", "", str(row["reason"])))
     return _seconds(row["seconds"]), _seconds(row["rival_seconds"])

@@ -31,7 +31,7 @@ class Tracker:
     Call it in the loop: ``tracker(step)``. The alignment is with the network at the first measured step. The tracker
     fixes the mode (train or eval) and the set of trainable parameters when it is made; only the values of parameters
     and buffers change afterwards. Make the tracker after ``model.eval()`` if there is Dropout. The tracker does not
-    change the state of the random generators, so that training proceeds as without it.
+    change the state of the random generators, so that training proceeds as it would without a tracker.
 
     >>> import torch, ntkbench
     >>> model, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
@@ -41,15 +41,20 @@ class Tracker:
     >>> tracker.table()["step"].tolist()
     [0, 10, 20]
 
+    Use it to follow the metrics of a network along its training; :meth:`ntkbench.Kernel.at` measures single sets of
+    weights.
+
     Cost of each measured step: that of the metrics (see :func:`ntkbench.metrics_of`) and of the alignment, each within
-    ``passes`` if given, six forward and two backward passes for checks, and one plain backward pass for the
+    ``passes`` if given, at most seven forward and two backward passes for checks, and one plain backward pass for the
     certificate.
+
+    Source: that of the method; see ``ntkbench list`` and the page of all methods.
 
     Args:
         model: the network that is trained; it is never changed.
         inputs: inputs of the NTK.
         every: steps between two measurements; the first call always measures.
-        metrics: names; ``None`` for all.
+        metrics: names; ``None`` for all. They are in the units of :func:`ntkbench.trace` and of the other functions.
         log: called with the step and the estimates by name.
         keywords: see :class:`ntkbench.Kernel` and :class:`ntkbench.options.Options`.
 

@@ -15,6 +15,14 @@ def bytes_label(count: float) -> str:
     return _label(count, ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")))
 
 
+def over_memory(needed: float, memory: int, what: str = "") -> str:
+    """Bytes that are needed at once for something, and the ``memory=`` below them; exact if they round to the same."""
+    labels = bytes_label(needed), bytes_label(memory)
+    if memory < 2**10 or len(set(labels)) == 1:
+        labels = f"{needed:,.0f} bytes", f"{memory:,} bytes"
+    return f"{labels[0]} at once{what and f' {what}'}, and memory= is {labels[1]}"
+
+
 def percent_label(share: float) -> str:
     """A share with two digits, in per cent."""
     return f"{float(f'{100 * share:.2g}'):g} %"

@@ -37,7 +37,7 @@ class Pilot:
 
 
 def pilot(jacobians: Sequence[JacobianOperator], *, independent: bool, seed: int = 0) -> Pilot:
-    """Effective ranks and alignment by :data:`PROBES` probes at each parameter set, or by fewer if memory is short.
+    """Effective ranks and alignment by :data:`PROBES` probes at each set of weights, or by fewer if memory is short.
 
     With y_i = J^T u_i over random signs u_i: tr Theta = E ||y_i||^2 and ||Theta||_F^2 = E <y_i, y_j>^2. The variance
     over probes of ||J_b^T u_b||^2 is 2 (||Theta_bb||_F^2 - sum of its squared diagonal). The diagonal is

@@ -25,7 +25,7 @@ from ntkbench.ladder import TOLERANCE_PASSES
 from ntkbench.methods.base import FixedBudget, Incremental, Method, PreparedProblem, Stochastic
 from ntkbench.options import Options, Target
 from ntkbench.problem import Problem
-from ntkbench.units import bytes_label
+from ntkbench.units import over_memory
 
 MOST_ROWS, MOST_COLUMNS = 1024, 512
 """Rows and columns of a stand-in."""
@@ -68,9 +68,9 @@ def predict(
     and with the spectrum of a power law; those of approximate methods are their biases on these samples. Errors are
     therefore rough, as are the budgets that follow from them.
 
-    Cost: some products of each kind, :data:`ntkbench.cost.pilot.PROBES` passes of a pilot, and for each method that
-    traces the network some estimates on these samples. A few seconds for small networks; the time of some dozens of
-    passes for large ones.
+    Cost: some products of each kind, up to two passes for each of :data:`ntkbench.cost.pilot.PROBES` probes of a pilot
+    at each set of weights, and for each method that traces the network some estimates on these samples. A few seconds
+    for small networks; the time of some dozens of passes for large ones.
 
     Args:
         problem: network and inputs.
@@ -288,7 +288,7 @@ class _Work:
     def _check_memory(self, method: Method, passes: int | None) -> None:
         needed, memory = method.bytes_needed(self._problem, self._metric, self._target, passes), self._target.memory
         if needed > memory:
-            raise OverMemory(f"needs {bytes_label(needed)} at once; memory is {bytes_label(memory)}")
+            raise OverMemory(f"needs {over_memory(needed, memory)}")
 
     def _search(self, method: Stochastic) -> tuple[_Trial, _Trial]:
         """A trial, and the same extrapolated to about the smallest sufficient budget, or to the largest one."""
@@ -339,8 +339,11 @@ class _Work:
         return method.order if isinstance(method, Incremental) and self._metric != "trace" else 0.5
 
     def _factor(self, method: Method, width: float) -> float:
-        """The factor on the budget that the tolerance needs, given an interval of this relative half-width."""
-        return float((width / self._rtol) ** (1 / self._order(method)))
+        """The factor on the budget that the tolerance needs, given an interval of this relative half-width.
+
+        Intervals of few probes can be so wide that the power overflows; no budget exceeds :data:`TOLERANCE_PASSES`.
+        """
+        return float(min(width / self._rtol, TOLERANCE_PASSES) ** (1 / self._order(method)))
 
     def _trial(self, method: Method, budget: int | None, shape: tuple[int, int, int], seeds: int = SEEDS) -> _Trial:
         stand_in = self._stand_in(shape)

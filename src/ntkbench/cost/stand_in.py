@@ -104,7 +104,7 @@ class StandIn(DenseJacobian):
 
 
 class PreparedStandIn:
-    """Stand-ins in place of the operators of :class:`ntkbench.methods.base.PreparedProblem`.
+    """Stand-ins instead of the operators of :class:`ntkbench.methods.base.PreparedProblem`.
 
     Attributes:
         N, O, P: sizes.
@@ -114,7 +114,7 @@ class PreparedStandIn:
         like: an operator of the network.
         shape: N, O and P of the stand-in.
         known: properties of Theta.
-        ends: number of parameter sets.
+        ends: number of sets of weights.
         dtype: dtype of the network.
         device: device of torch.
     """
@@ -141,7 +141,7 @@ class PreparedStandIn:
         ]
 
     def jacobians(self, metric: str) -> list[StandIn]:
-        """Operators at each parameter set of a metric."""
+        """Operators at each set of weights of a metric."""
         return [j.fresh() for j in self._operators[: len(metrics.parameter_sets(metric))]]
 
 

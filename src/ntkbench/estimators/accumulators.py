@@ -18,6 +18,7 @@ from ntkbench.estimators import standard_errors, strata
 from ntkbench.estimators.standard_errors import MomentEstimates, PairSums, PointEstimate
 from ntkbench.metrics import MOMENTS, Moments
 from ntkbench.operators import Array, JacobianOperator, arrays
+from ntkbench.units import bytes_label
 
 
 def required_moments(metrics: Sequence[str]) -> tuple[str, ...]:
@@ -348,10 +349,11 @@ class UStatistics(Accumulator):
         count = affordable // self._min_group
         if not count and not self._closed:
             if not self._keeps:
+                whole = bytes_label(self._bytes.whole(self._min_group))
+                often = f"each vector is computed {self.recompute_factor:.3g} times on average"
                 raise OverMemory(
-                    f"{self._min_group} probes and their pairs take {self._bytes.whole(self._min_group)} bytes; with "
-                    f"memory of {self._jacobians[0].memory} each vector is computed {self.recompute_factor:.3g} times "
-                    "on average, and there are too few passes for that"
+                    f"{self._min_group} probes and their pairs take {whole}; with memory={self._jacobians[0].memory} "
+                    f"{often}, and there are too few passes for that: raise passes or memory"
                 )
             count = 1
         for i in range(count):

@@ -20,7 +20,7 @@ from ntkbench.options import check_confidence
 class Density:
     """The spectral density of Theta as a quadrature rule: sum_i f(lambda_i) is about n sum_j weight_j f(node_j).
 
-    A histogram is ``numpy.histogram(density.nodes, weights=density.weights)``; :meth:`shares` has error bars.
+    A histogram is ``numpy.histogram(density.nodes, weights=density.weights)``; :meth:`shares` has intervals.
 
     Attributes:
         nodes: Ritz values of each probe in ascending order, ``[probes, steps]``; those below round-off are 0.
@@ -115,7 +115,7 @@ class Density:
         check_confidence(confidence)
         edges = np.asarray(edges, np.float64)
         if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all():
-            raise BadInput("edges must be at least two numbers in ascending order")
+            raise BadInput(f"edges must be at least two numbers in ascending order, got {edges.tolist()}")
         rows = np.array([self._below(probe, edges) for probe in range(len(self.nodes))])
         middle, least, most = rows.transpose(1, 0, 2)
         share = np.diff(middle, axis=1).mean(0)
@@ -238,7 +238,7 @@ class Eigenvalues:
 
 @dataclass(frozen=True)
 class Ritz:
-    """The largest eigenvalues of Theta and their eigenvectors, by products.
+    """The largest eigenvalues of Theta and their eigenvectors, from products.
 
     Attributes:
         values: in descending order, ``[top]``.

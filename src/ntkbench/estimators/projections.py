@@ -19,7 +19,7 @@ from ntkbench.metrics import Moments
 from ntkbench.operators import arrays
 
 Features = np.ndarray
-"""Features of R replicates at one parameter set, ``[R, n, w]`` in float64."""
+"""Features of R replicates at one set of weights, ``[R, n, w]`` in float64."""
 
 
 def gram(features: Features) -> np.ndarray:
@@ -32,7 +32,7 @@ def gram(features: Features) -> np.ndarray:
 def pair_tables(metric: str, features: Sequence[Features]) -> tuple[tuple[str, ...], dict[str, np.ndarray], np.ndarray]:
     """Estimates of the moments of Theta^2 that a metric depends on, from each pair of replicates.
 
-    Takes R^2 w^2 n multiplications for each pair of parameter sets.
+    Takes R^2 w^2 n multiplications for each pair of sets of weights.
 
     Args:
         metric: the metric.

@@ -16,12 +16,12 @@ def is_kept(held: float, memory: float) -> bool:
 
 
 def rows_computed(metric: str, sizes: Sequence[int], held: float, memory: float) -> int:
-    """Number of rows that :func:`moments_from_rows` computes at each parameter set.
+    """Number of rows that :func:`moments_from_rows` computes at each set of weights.
 
     Args:
         metric: name of the metric.
         sizes: rows of each block.
-        held: bytes of all rows at all parameter sets.
+        held: bytes of all rows at all sets of weights.
         memory: bytes.
     """
     if metric == "trace" or is_kept(held, memory):

@@ -111,7 +111,7 @@ def of_matrix(
     rtol: float,
     passes: float,
 ) -> Solution:
-    """Solve by a Cholesky factor of Theta + ridge I in float64 on the host, refined by products.
+    """Solve by a Cholesky factor of Theta + ridge I in float64 on the host, refined with products.
 
     Products may be more precise than Theta, and the solution then has their precision. A refinement gains more digits
     if ``eps`` times the condition number is small.

@@ -40,22 +40,23 @@ class Spectrum:
 
     Attributes:
         values: the largest eigenvalues in descending order, ``[top]``.
-        errors: each value is within that distance of the eigenvalue with the same index, ``[top]``. By products this
+        errors: each value is within that distance of the eigenvalue with the same index, ``[top]``. From products this
             fails for each index with a probability of at most :data:`ntkbench.estimators.lanczos.MISSED`, unless a note
             says that larger eigenvalues may be missing; some eigenvalue is always that near.
         vectors: their eigenvectors of length 1, ``[top, n]`` with outputs sample-major. Signs are arbitrary.
         vector_errors: upper bounds on the sine of each vector's angle to an eigenvector, ``[top]``; 1 if the eigenvalue
-            is multiple up to its error. By products this assumes that no eigenvalue is missing.
-        smallest: the smallest eigenvalue; by products the smallest Ritz value, an upper bound on it.
+            is multiple up to its error. From products this assumes that no eigenvalue is missing.
+        smallest: the smallest eigenvalue; from products the smallest Ritz value, an upper bound on it.
         smallest_bounds: lower and upper bound on the smallest eigenvalue.
         entropy_effective_rank: exp(-sum_i p_i log p_i) with p_i = lambda_i / tr Theta, with its interval; ``nan`` if
-            Theta is zero. By products the interval accounts for the choice of probes and for further steps.
+            Theta is zero. Without the whole matrix, the interval accounts for the choice of probes and for further
+            steps.
         density: the spectral density as weighted nodes, see :class:`ntkbench.estimators.lanczos.Density`; its
-            ``shares(edges)`` are a histogram with error bars. If the whole of Theta was decomposed the nodes are all n
+            ``shares(edges)`` are a histogram with intervals. If Theta was decomposed as a whole, the nodes are all n
             eigenvalues.
         n: size of Theta.
         passes: passes spent.
-        method: ``"eigh"`` of all of Theta, or ``"block_lanczos"`` by products.
+        method: ``"eigh"`` of all of Theta, or ``"block_lanczos"``, matrix-free.
         notes: remarks, such as a tolerance that was not reached.
         certificate: the largest relative difference between a gradient that was used and the same by plain autograd.
     """
@@ -194,7 +195,7 @@ def of_matrix(
 
 
 def of_operator(j: JacobianOperator, top: int, *, rtol: float = 1e-3, passes: int = 4096, seed: int = 0) -> Spectrum:
-    """The spectrum of Theta by products alone: block Lanczos for the top, stochastic Lanczos quadrature for the rest.
+    """The spectrum of Theta from products alone: block Lanczos for the top, stochastic Lanczos quadrature for the rest.
 
     The density has 8 probes of 25 steps, or fewer steps if that would take more than a quarter of ``passes`` or of
     ``j.memory``. See :func:`ntkbench.estimators.lanczos.ritz_pairs` and :func:`ntkbench.estimators.lanczos.density`.

@@ -198,8 +198,7 @@ class MomentEstimates:
         """Standard error of a function of the moments, by the delta method and, if it is given, by the jackknife.
 
         If a few strata have most of the variance, the function is not linear over the spread of their probes, and the
-        delta method underestimates the variance: by a third for alignments of 12 samples, one of them 100 times as
-        large as the others, and 20 probes. For these strata, the variance due to single probes is that of the
+        delta method underestimates the variance. For these strata, the variance due to single probes is that of the
         stratified jackknife, the function without each probe in turn, if this is larger.
 
         Args:

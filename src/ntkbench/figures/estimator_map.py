@@ -141,8 +141,7 @@ def _title(plotted: pd.DataFrame) -> str:
     alone = int(((wins["tied"] == 1) & (wins["title"] == counts.index[0])).sum())
     first, count = labels.short(counts.index[0], 40), counts.iloc[0]
     return (
-        f"Among estimators by products alone, {first} has the least error at {count} of {len(wins)} places "
-        f"({alone} surely)"
+        f"Among matrix-free estimators, {first} has the least error at {count} of {len(wins)} places ({alone} surely)"
     )
 
 

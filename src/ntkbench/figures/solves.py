@@ -93,7 +93,7 @@ def _methods(points: pd.DataFrame, look: dict[str, Look]) -> list[key.Entry]:
 def _reading() -> list[tuple[Line2D, str]]:
     sample: dict[str, Any] = {"color": styles.GREY, "marker": "o", "linestyle": "", "markersize": 5}
     return [
-        (Line2D([], [], **sample), "residual by products within the tolerance"),
+        (Line2D([], [], **sample), "residual, from products, within the tolerance"),
         (Line2D([], [], **sample, markerfacecolor="white"), "above the tolerance"),
         (Line2D([], [], linestyle=""), "the factor's time includes that of Θ"),
     ]
@@ -108,7 +108,7 @@ def fastest(points: pd.DataFrame) -> pd.DataFrame:
     """Products against the factor, for each problem, ridge and tolerance that one of them reached.
 
     ``winner`` is :data:`FACTOR` or :data:`PRODUCTS` if that is the faster one with a probability of at least 95 %. It
-    is empty otherwise, or if only one of the two was measured. ``title`` names the fastest method by products if that
+    is empty otherwise, or if only one of the two was measured. ``title`` names the fastest matrix-free method if that
     is as certain, and another method was measured.
 
     Args:
@@ -134,7 +134,7 @@ def fastest(points: pd.DataFrame) -> pd.DataFrame:
 def _title(points: pd.DataFrame) -> str:
     found = fastest(points)
     if not len(found):
-        return "Solutions by a factor and by products: seconds to a residual"
+        return "Solutions by a Cholesky factor and matrix-free: seconds to a residual"
     won = (found["winner"] == PRODUCTS).sum()
     if (found["winner"] == FACTOR).all():
         return f"Where all of Θ fits, its Cholesky factor is the fastest in all {len(found)} cases"

@@ -1,4 +1,4 @@
-"""Spectral quantities by products: errors and seconds against passes, beside those of decomposing all of Theta."""
+"""Matrix-free spectral quantities: errors and seconds against passes, beside those of decomposing all of Theta."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _methods(points: pd.DataFrame, look: dict[str, Look]) -> key.Key:
     exact = [(Line2D([], [], **look[EXACT].line("torch") | {"linestyle": ""}), entries[EXACT][1])]
     return [
         ("exact", exact if EXACT in entries else []),
-        ("by products", [entry for method, entry in entries.items() if method != EXACT]),
+        ("matrix-free", [entry for method, entry in entries.items() if method != EXACT]),
     ]
 
 
@@ -159,7 +159,7 @@ def exact_is_faster(points: pd.DataFrame) -> dict[str, bool]:
 
 
 def most_accurate(points: pd.DataFrame) -> dict[str, str]:
-    """The title of the method by products that is the most accurate on every problem, by quantity.
+    """The title of the matrix-free method that is the most accurate on every problem, by quantity.
 
     Methods are compared at their most passes. A quantity is left out unless one method is the most accurate with 95 %
     certainty on each problem, of at least two. Errors below :data:`ROUNDING` count as equal.
@@ -179,7 +179,7 @@ def most_accurate(points: pd.DataFrame) -> dict[str, str]:
 def _title(points: pd.DataFrame) -> str:
     worst = at_most(points, WHOLE).groupby("quantity")["error"].max()
     if not {"top", "log_determinant"} <= set(worst.index):
-        return "Spectral quantities by products: errors against passes"
+        return "Matrix-free spectral quantities: errors against passes"
     top, volume = (_error(quantity, float(worst[quantity])) for quantity in ("top", "log_determinant"))
     said = f"Products give the top eigenvalues to {top}, log det to {volume}"
     everywhere = list(exact_is_faster(points).values()) == [True] * points["problem"].nunique()
@@ -203,13 +203,13 @@ def _of_exact(points: pd.DataFrame) -> str:
 
 
 def _of_products(points: pd.DataFrame, shown: list[str]) -> str:
-    """Which method by products to use for which quantity."""
+    """Which matrix-free method to use for which quantity."""
     leads: dict[str, list[str]] = {}
     for quantity, title in most_accurate(points).items():
         if quantity in shown:
             leads.setdefault(title, []).append(SHORT[quantity])
     best = [f"{title} for {labels.listed(quantities)}" for title, quantities in leads.items()]
-    return f"By products, use {', '.join(best) or 'any method: none is certainly the most accurate'}."
+    return f"Without the whole matrix, use {', '.join(best) or 'any method: none is certainly the most accurate'}."
 
 
 def _error(quantity: str, error: float) -> str:

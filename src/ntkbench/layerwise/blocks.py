@@ -48,8 +48,8 @@ class Task:
         memory: bytes that a contraction's intermediate results may use.
         tuning: how contractions are computed.
         fold: whether to sum over directions.
-        certificates: certificates of the parameter sets and inputs that are not certified yet, by identity.
-        grams: Gram matrices of weights that are computed from parameters, by the identity of a parameter set and the
+        certificates: certificates of the sets of weights and inputs that are not certified yet, by identity.
+        grams: Gram matrices of weights that are computed from parameters, by the identity of a set of weights and the
             layer number.
     """
 
@@ -163,7 +163,7 @@ class Task:
         self.programs.run(self.layers, parameters, x[block.samples], self._directions(parameters, block), sink)
 
     def _factors(self, number: int, inputs: LayerInputs, parameters: ParameterValues) -> GradientFactors:
-        """The factors of a layer's gradients at a parameter set."""
+        """The factors of a layer's gradients at a set of weights."""
         layer, key = self.layers[number], (id(parameters), number)
         if layer.computed is not None and key not in self.grams:
             self.grams[key] = self.programs.gram(layer.computed, parameters, tested=self.tuning.certified)

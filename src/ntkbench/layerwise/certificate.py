@@ -20,11 +20,11 @@ from ntkbench.operators.plain import PlainNetwork
 
 
 class Certificate:
-    """The gradient at one parameter set, accumulated layer by layer as a kernel visits its rows.
+    """The gradient at one set of weights, accumulated layer by layer as a kernel visits its rows.
 
     Args:
         names: names of the parameters, in the order of their values.
-        parameters: the parameter set.
+        parameters: the set of weights.
         x: inputs of all rows.
         directions: directions of all rows, ``[K, O]`` or ``[N, K, O]``; ``None`` for unit vectors.
         count: number of directions, K.

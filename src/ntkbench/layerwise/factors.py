@@ -2,7 +2,7 @@
 
 The gradient of output o of sample b with respect to a layer's weights is a sum over the positions s at which the layer
 is applied (pixels, time steps, calls): sum_s g_bos ⊗ a_bs, with a the layer's inputs and g the cotangents of its
-outputs. The classes here hold the factors of such sums, for K output directions in place of the O outputs.
+outputs. The classes here hold the factors of such sums, for K output directions instead of the O outputs.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class LayerwiseKernel:
 
     Cost for K directions: one forward and K backward passes, the latter without the weights' gradients, and for each
     layer the cheaper of two contractions (see ``contraction.py``). If the kernel is computed in blocks, the columns are
-    run again for each block of rows. Each new shape of a block is traced once. The first kernel at each parameter set,
+    run again for each block of rows. Each new shape of a block is traced once. The first kernel at each set of weights,
     set of inputs and number of directions is certified by one more plain backward pass (see ``certificate.py``).
 
     Attributes:
@@ -234,19 +234,19 @@ class LayerwiseKernel:
         fold: bool = False,
         kept: bool = False,
     ) -> Iterator[tuple[Block, Block, list[Tensor]]]:
-        """The kernels at several parameter sets in blocks that fit in memory, ``[N1, K1, N2, K2]`` each.
+        """The kernels at several sets of weights in blocks that fit in memory, ``[N1, K1, N2, K2]`` each.
 
         Without ``x2`` only blocks on and below the diagonal are computed, and of a block on the diagonal only its lower
         triangle. With ``fold`` a block is ``[N1, 1, N2, 1]``, and blocks of the same samples add up. The caller
         iterates within :meth:`certain`.
 
         Args:
-            sets: one or more parameter sets.
+            sets: one or more sets of weights.
             x1, x2, directions, last_layer, fold: see :meth:`kernel`.
             kept: whether all blocks are kept, so that a single one may be larger than the memory.
 
         Yields:
-            The block's rows, its columns, and its entries at each parameter set.
+            The block's rows, its columns, and its entries at each set of weights.
 
         Raises:
             Uncertified: plain autograd gives other gradients; after the last block.
@@ -315,7 +315,7 @@ class LayerwiseKernel:
         *,
         last_layer: bool = False,
     ) -> None:
-        """Certify all rows of the kernels at a parameter set without computing them; K + 1 passes over new inputs.
+        """Certify all rows of the kernels at a set of weights without computing them; K + 1 passes over new inputs.
 
         Args:
             parameters, directions, last_layer: see :meth:`kernel`.
@@ -381,7 +381,8 @@ class LayerwiseKernel:
     def passes(
         self, sets: Sequence[ParameterValues], x: Tensor, directions: Tensor | None = None, *, kept: bool = True
     ) -> float:
-        """Passes over the whole batch that :meth:`blocks` takes per parameter set without ``x2``, for this ``kept``."""
+        """Passes over the whole batch that :meth:`blocks` takes per set of weights without ``x2``, for this
+        ``kept``."""
         task = self._task(directions)
         rows = self._blocks(task, sets, x, whole=kept or self._fits(task, sets, x))
         return sum(block.rows * (len(rows) - i) for i, block in enumerate(rows)) / len(x)
@@ -399,7 +400,7 @@ class LayerwiseKernel:
         fold: bool = False,
         certified: Sequence[tuple[ParameterValues, Tensor]] = (),
     ) -> Task:
-        """What is to be computed, with certificates of the parameter sets and inputs that have none."""
+        """What is to be computed, with certificates of the sets of weights and inputs that have none."""
         layers = self.last_layer() if last_layer else self.layers
         task = Task(self._programs, directions, self.O, layers, self.memory // 4, self._tuning, fold)
         names, needed = list(self.trace.graph.parameters), _names(layers)
@@ -435,7 +436,7 @@ class LayerwiseKernel:
                 self.certificate = max(off, self.certificate or 0.0)
 
     def _fits(self, task: Task, sets: Sequence[ParameterValues], x: Tensor) -> bool:
-        """Whether the kernels at all parameter sets fit as a whole in the memory that a run leaves."""
+        """Whether the kernels at all sets of weights fit as a whole in the memory that a run leaves."""
         rows = len(x) * (1 if task.fold else task.count)
         return len(sets) * rows**2 * sets[0][0].element_size() <= self.memory // 4
 
@@ -480,10 +481,10 @@ class LayerwiseKernel:
 
         Args:
             task: what is computed.
-            sets: parameter sets for which the rows of a block are collected at the same time.
+            sets: sets of weights for which the rows of a block are collected at the same time.
             x: inputs of all rows.
             whole: whether all rows may form one block, for which nothing is collected.
-            parameters: any parameter set, if ``sets`` is empty.
+            parameters: any set of weights, if ``sets`` is empty.
             within: the rows; all if not given.
             most: largest number of directions of a block, if there is one.
         """

@@ -29,7 +29,7 @@ class LastProduct:
         weight: the name of its weight.
         bias: the name of its bias, ``[V]``; ``None`` without one.
         V, d: its outputs and inputs.
-        turned: whether the weight is ``[d, V]`` in place of ``[V, d]``.
+        turned: whether the weight is ``[d, V]`` instead of ``[V, d]``.
     """
 
     weight: str

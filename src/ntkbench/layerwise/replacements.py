@@ -187,7 +187,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.masked_select.default: _masked_select,
     aten._trilinear.default: _trilinear,
 }
-"""Replacements whose operations are recorded in a graph in place of the original one."""
+"""Replacements whose operations are recorded in a graph instead of the original one."""
 
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     aten.embedding.default: _embedding,
@@ -201,4 +201,4 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     aten._cdist_forward.default: _cdist,
     aten.as_strided.default: _as_strided,
 }
-"""Replacements that run in place of an operation that a graph has recorded."""
+"""Replacements that run instead of an operation that a graph has recorded."""

@@ -74,10 +74,10 @@ class SampleKernel:
     def blocks(
         self, engine: LayerwiseKernel, sets: Sequence[Sequence[Tensor]], x: Tensor, seed: int = 0
     ) -> Iterator[tuple[bool, list[Tensor]]]:
-        """The kernels at several parameter sets in blocks that fit in memory; see :meth:`LayerwiseKernel.blocks`.
+        """The kernels at several sets of weights in blocks that fit in memory; see :meth:`LayerwiseKernel.blocks`.
 
         Yields:
-            Whether the block is on the diagonal, and its entries at each parameter set, ``[rows, columns]``.
+            Whether the block is on the diagonal, and its entries at each set of weights, ``[rows, columns]``.
         """
         directions = self.drawn(engine.O, seed, sets[0][0])
         made = engine.blocks(sets, x, None, directions, last_layer=self.last_layer, fold=self.averaged)

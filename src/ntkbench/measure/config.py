@@ -109,7 +109,7 @@ class Config(Settings):
         profile: results go to ``results/<profile>``.
         shards: number of asv runs among which the grid's cells are divided, by problem and method.
         job_h: maximum number of hours to request from a cluster's scheduler for one job.
-        retry: ``failed`` measures cells and rows again that failed, timed out or ran out of memory.
+        retry: ``failed`` measures cells and rows again that failed, timed out, ran out of memory, or lacked their data.
         factories: problems of the user's own functions, ``module:function`` by name; the grid and the studies may use
             these names. See :func:`ntkbench.factory.as_problems`.
         grid: may be empty if there are studies.

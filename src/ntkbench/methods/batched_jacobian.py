@@ -1,4 +1,4 @@
-"""Batched Jacobian: J by products with all unit vectors, many at a time, then the smaller of its two Gram matrices."""
+"""Batched Jacobian: J from products with blocks of unit vectors, then the smaller of its two Gram matrices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ntkbench.problem import Problem
 
 
 class BatchedJacobian(Deterministic):
-    """J by batched products over the whole batch: min(n, P) passes for each parameter set if J fits in memory.
+    """J by batched products over the whole batch: min(n, P) passes for each set of weights if J fits in memory.
 
     J is computed by VJPs with the n unit vectors of output space. If J fits in memory and P < n (2 P < n without
     forward mode, where a JVP takes two passes), it is computed by JVPs with the P unit vectors of parameter space
@@ -56,7 +56,7 @@ class BatchedJacobian(Deterministic):
 
 
 def _held(jacobians: Sequence[JacobianOperator]) -> int:
-    """Bytes of J at all parameter sets."""
+    """Bytes of J at all sets of weights."""
     return sum(j.n * j.P * j.itemsize for j in jacobians)
 
 

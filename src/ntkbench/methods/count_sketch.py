@@ -23,12 +23,12 @@ class CountSketch(Deterministic):
 
     K = (1/R) sum_r Phi_r Phi_r^T, where row b of Phi_r is the CountSketch of J_b^T v_r. The R random sign vectors v_r
     over the outputs are the same for all samples, so E K = tr_O Theta, which is O times the trace kernel. The seed
-    draws probes and hashes, which are the same at all parameter sets. Like the trace kernel, K omits the cross terms
+    draws probes and hashes, which are the same at all sets of weights. Like the trace kernel, K omits the cross terms
     between outputs. It also has the noise of the probes, at most about sqrt(2 / R), and of the hash, about
     sqrt(effective rank / width). The trace is unbiased over draws of both. The variance of K makes the squared norm too
     large, and so the effective rank too small.
 
-    Takes ``probes`` passes for each parameter set and N P ``probes`` additions.
+    Takes ``probes`` passes for each set of weights and N P ``probes`` additions.
 
     Attributes:
         probes: R.
@@ -74,7 +74,7 @@ def probed(j: JacobianOperator, probes: int, width: int, seed: int = 0) -> Featu
         j: the operator.
         probes: R.
         width: features of a probe.
-        seed: of the probes and of the hash, the same at all parameter sets.
+        seed: of the probes and of the hash, the same at all sets of weights.
     """
     v, sketch = j.rng(seed).sign(probes, j.O), hashed(j, 1, width, seed)
     xp = array_api_compat.array_namespace(v)

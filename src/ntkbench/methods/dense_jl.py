@@ -10,7 +10,7 @@ from ntkbench.problem import Problem
 class DenseJL(ProjectedRows):
     """Features Phi = J S with k columns of random signs in S; (1/k) Phi Phi^T estimates Theta.
 
-    Every row of J is multiplied by S, which is never held as a whole: O passes for each parameter set and n P k
+    Every row of J is multiplied by S, which is never held as a whole: O passes for each set of weights and n P k
     multiplications. ``gram_forward`` computes the same features by k JVPs, which is less work for O > 2. Use this
     method if O is small, as for one scalar output, and k is much larger than the affordable number of passes. The
     relative error of the Gram matrix is about sqrt((1 + effective rank) / k).
@@ -23,7 +23,7 @@ class DenseJL(ProjectedRows):
     backends = ("torch", "jax")
 
     def products(self, problem: Problem, metric: str, passes: float) -> float:
-        """Operations of the products of all rows with the signs, at each parameter set."""
+        """Operations of the products of all rows with the signs, at each set of weights."""
         return 2.0 * problem.n * problem.P * passes
 
     def parts(self, k: int) -> int:

@@ -13,7 +13,7 @@ from ntkbench.problem import Problem
 
 
 class Direct(Deterministic):
-    """Theta column by column from a black box: n Theta-vector products, 2n passes, for each parameter set."""
+    """Theta column by column from a black box: n Theta-vector products, 2n passes, for each set of weights."""
 
     title = "direct"
     kind = "exact"

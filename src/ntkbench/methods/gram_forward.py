@@ -11,7 +11,7 @@ class GramForward(GramMatrix):
     With y_i = J w_i, tr Theta = E mean_i ||y_i||^2 and ||Theta||_F^2 = ||J^T J||_F^2 = E sum_(i != j) <y_i, y_j>^2 /
     (k (k - 1)). The cross term takes inner products between the two networks: tr(Theta Theta_f) = ||J^T J_f||_F^2 = E
     sum_(i != j) <y_i, y^f_j>^2 / (k (k - 1)). All are unbiased. Unlike with reverse probes, the estimate of the
-    alignment may exceed 1. The variances are those of ``gram_reverse`` with J^T J in place of Theta.
+    alignment may exceed 1. The variances are those of ``gram_reverse`` with J^T J instead of Theta.
     """
 
     title = "forward Gram matrix"

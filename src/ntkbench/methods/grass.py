@@ -11,9 +11,9 @@ class GraSS(HashedRows):
     """Features Phi = J M S: M selects random parameters and rescales them, and S is the projection of ``sparse_jl``.
 
     Each of the ``nonzeros`` blocks of k / ``nonzeros`` features has its own mask, which keeps ``kept`` parameters per
-    feature. As for all projections of rows, this takes O passes for each parameter set, but only n k ``kept`` additions
-    in place of n P ``nonzeros``. Unbiased. The mask adds variance, which is large if a few parameters have most of the
-    gradient. Use this method if J has so many rows that their projection takes longer than the passes, and
+    feature. As for all projections of rows, this takes O passes for each set of weights, but only n k ``kept``
+    additions instead of n P ``nonzeros``. Unbiased. The mask adds variance, which is large if a few parameters have
+    most of the gradient. Use this method if J has so many rows that their projection takes longer than the passes, and
     ``sparse_jl`` otherwise. The published method may also train the mask, which causes a bias.
 
     Attributes:

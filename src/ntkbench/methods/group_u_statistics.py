@@ -12,7 +12,7 @@ from ntkbench.problem import Problem
 
 
 class GroupUStatistics(StratifiedUStatistics):
-    """``block_u_statistics`` with groups of adjacent samples in place of single samples.
+    """``block_u_statistics`` with groups of adjacent samples instead of single samples.
 
     With probes of random signs u, group g has the gradient w_g^k = sum_(b in g) J_b^T u_b^k in probe k. Then tr Theta =
     E mean_k sum_g ||w_g^k||^2, and ||Theta||_F^2 = E [mean_(k, l) sum_(g != h) <w_g^k, w_h^l>^2 + mean_(k != l)

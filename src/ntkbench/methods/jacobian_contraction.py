@@ -17,7 +17,7 @@ from ntkbench.problem import Problem
 class JacobianContraction(Deterministic):
     """The textbook torch.func kernel: J by per-sample reverse mode, contracted over parameters.
 
-    O passes for each parameter set if J fits in half of the memory; otherwise more, as blocks of J are recomputed for
+    O passes for each set of weights if J fits in half of the memory; otherwise more, as blocks of J are recomputed for
     every pair of blocks. n^2 P multiplications.
     """
 

@@ -28,7 +28,7 @@ class KFAC(Method):
     cotangents are correlated. The alignment is that of the two approximations. Only Linear and Conv2d layers are
     supported. Each must be called once, with the samples along the first axis of its input.
 
-    O passes for each parameter set.
+    O passes for each set of weights.
     """
 
     title = "K-FAC"

@@ -27,7 +27,7 @@ class KFOC(Method):
     Kronecker products are closer to J^T J, including those of :mod:`ntkbench.methods.kfac`. The code is our own, as
     curvlinops 3.0.1 has no KFOC.
 
-    O passes for each parameter set. J is held in float64 on the host. An iteration for a layer of D inputs and C
+    O passes for each set of weights. J is held in float64 on the host. An iteration for a layer of D inputs and C
     outputs takes 2 n C D (C + D) multiplications.
 
     Attributes:

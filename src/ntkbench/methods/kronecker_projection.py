@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 class KroneckerProjection(Projected):
     """Features B G A^T of the gradient G = sum_s g_s a_s^T of each layer, with Gaussian A and B.
 
-    A layer's inputs a_s and cotangents g_s are projected to d numbers each, so G is never formed. This takes
-    d (C + D + d) multiplications per position for a layer of D inputs and C outputs, and O passes for each parameter
-    set. Unbiased, as A and B are independent and E A^T A = E B^T B = I. There are d^2 features for each layer and
-    replicate, but an additional feature on one side improves only that side. The relative error of the Gram matrix
-    therefore falls only as 1 / sqrt(d), the inverse fourth root of k, where that of an unstructured projection falls as
-    1 / sqrt(k). Use this method for large layers, where it saves most of the time, and not for small errors.
+    A layer's inputs a_s and cotangents g_s are projected to d numbers each, so G is never formed. This takes d (C + D +
+    d) multiplications per position for a layer of D inputs and C outputs, and O passes for each set of weights.
+    Unbiased, as A and B are independent and E A^T A = E B^T B = I. There are d^2 features for each layer and replicate,
+    but an additional feature on one side improves only that side. The relative error of the Gram matrix therefore falls
+    only as 1 / sqrt(d), the inverse fourth root of k, where that of an unstructured projection falls as 1 / sqrt(k).
+    Use this method for large layers, where it saves most of the time, and not for small errors.
 
     A side with at most d entries is not projected. The groups of a convolution have projections of their own, whose
     features are added up. A bias is the weight of a constant input of one. Scales, shifts, other parameters outside
@@ -209,7 +209,7 @@ class _Projections:
         return found / self._d
 
     def _generator(self, number: int, side: int, like: Tensor) -> Generator:
-        """The random generator of one side of a layer, the same at all parameter sets."""
+        """The random generator of one side of a layer, the same at all sets of weights."""
         import torch
 
         seeds = np.random.SeedSequence((self._seed, number, side)).generate_state(1, np.uint64)

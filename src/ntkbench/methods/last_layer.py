@@ -8,7 +8,7 @@ from ntkbench.methods.base.layerwise import Layerwise
 class LastLayer(Layerwise):
     """A = (1/O) tr_O of the last layer's part of Theta, which approximates Theta as A ⊗ I_O.
 
-    O passes for each parameter set, which go back no further than the last layer.
+    O passes for each set of weights, which go back no further than the last layer.
     """
 
     title = "last layer"

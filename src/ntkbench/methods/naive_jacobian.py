@@ -16,7 +16,7 @@ from ntkbench.problem import Problem
 
 
 class NaiveJacobian(Deterministic):
-    """J by ``torch.autograd.grad`` or ``jax.vjp`` in a loop over all outputs: n passes for each parameter set.
+    """J by ``torch.autograd.grad`` or ``jax.vjp`` in a loop over all outputs: n passes for each set of weights.
 
     If J takes more than half of the memory, blocks of its rows are recomputed for every pair of blocks.
     """

@@ -15,7 +15,7 @@ from ntkbench.problem import Problem
 
 
 class NtkVectorProducts(Deterministic):
-    """Rows of Theta without J: O passes of per-sample VJPs, then n JVPs, for each parameter set.
+    """Rows of Theta without J: O passes of per-sample VJPs, then n JVPs, for each set of weights.
 
     Neither J nor Theta is held.
     """
@@ -36,7 +36,7 @@ class NtkVectorProducts(Deterministic):
 
 
 def _rows_of_theta(jacobians: Sequence[JacobianOperator]) -> Iterator[tuple[np.ndarray, list[Array]]]:
-    """Indices of some rows, and these rows at each parameter set, within a quarter of the memory."""
+    """Indices of some rows, and these rows at each set of weights, within a quarter of the memory."""
     j = jacobians[0]
     for rectangle in j.rectangles(1 / 2):
         numbers = j.row_numbers(*rectangle)

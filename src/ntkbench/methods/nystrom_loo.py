@@ -25,11 +25,11 @@ class NystromLOO(FixedBudget):
     3k passes for norm and effective rank, and 8k for alignment.
 
     The moments are unbiased; the square root and the ratios have a bias of the order of the variance. The variance is
-    that of Hutchinson for E in place of Theta, so it falls with the tail of the spectrum. On a spectrum that does not
+    that of Hutchinson for E instead of Theta, so it falls with the tail of the spectrum. On a spectrum that does not
     decay, it is that of Hutchinson with fewer probes. Exact once k exceeds the ranks of Theta and Theta_f. The standard
     error is that of the linearised metric, with the covariance of the leave-one-out estimates (see
     :func:`ntkbench.estimators.deflation.leave_one_out`). This covariance has few degrees of freedom for any k, so
-    intervals from many probes are conservative, and a note says so. Holds up to 4k gradients for each parameter set.
+    intervals from many probes are conservative, and a note says so. Holds up to 4k gradients for each set of weights.
 
     Attributes:
         many: smallest number of probes at which a note calls the interval conservative, if there are fewer than a

@@ -48,7 +48,6 @@ def _trace(product: deflation.LinearMap, k: int, n: int, rng: Rng) -> PointEstim
     core = arrays.to_numpy(s @ y.T, np.float64)
     values, vectors = np.linalg.eigh((core + core.T) / 2)
     kept = values > k * arrays.epsilon(y) * max(values[-1], 0.0)
-    # A' = b^T b
     b = arrays.asarray_like((vectors[:, kept] / np.sqrt(values[kept])).T, y) @ y
     g = rng.normal(k, n)
     residual = (g * product(g)).sum(1) - ((g @ b.T) ** 2).sum(1)

@@ -18,8 +18,8 @@ class ParameterGram(Deterministic):
     """tr Theta = tr J^T J, ||Theta||_F = ||J^T J||_F and tr(Theta Theta_f) = ||J_f^T J||_F^2, by blocks of rows of J.
 
     For networks with more outputs than parameters, such as recurrent networks whose outputs are trajectories: n P^2
-    multiplications in place of n^2 P. Little more than a triangle of J^T J is computed, which must fit in memory; for
-    alignment, so must that of J_f^T J_f and all of J_f^T J. Takes O passes for each parameter set.
+    multiplications instead of n^2 P. Little more than a triangle of J^T J is computed, which must fit in memory; for
+    alignment, so must that of J_f^T J_f and all of J_f^T J. Takes O passes for each set of weights.
 
     Attributes:
         chunks: number of chunks of parameters; blocks of J^T J above the diagonal are not computed.

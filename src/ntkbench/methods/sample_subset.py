@@ -49,12 +49,12 @@ class SampleSubset(Incremental):
 
     The probabilities are about proportional to the traces of the samples' own blocks, and the samples with the largest
     traces are part of every subset (:mod:`ntkbench.estimators.sampling`). One random probe estimates these traces, for
-    1 pass at each parameter set, if the remaining budget allows ``min_samples`` samples; otherwise the probabilities
+    1 pass at each set of weights, if the remaining budget allows ``min_samples`` samples; otherwise the probabilities
     are equal. When the subset grows, the kernel of the larger subset is recomputed, within the budget.
 
     The standard error is that of Hajek 1964 for the metric's jackknife values, with the finite-population corrections
     1 - pi_b. Its degrees of freedom are those of a sample variance, and fewer if the samples' effects have heavy tails.
-    Holds (S O)^2 numbers for each parameter set.
+    Holds (S O)^2 numbers for each set of weights.
 
     Attributes:
         min_samples: minimum of S, or N if that is smaller. The variance between samples can be estimated from S = 4 on.
@@ -180,9 +180,8 @@ class _Subset(Accumulator):
         size = self._affordable(0)
         if not held and size < (least := min(self._min_samples, N)) <= self._in_one_block(self._passes):
             needed, memory = self.cost(least), self._ends[0].engine.memory
-            raise OverMemory(
-                f"{least} samples take {needed:g} passes with memory of {memory}; the budget is {self._passes:g}"
-            )
+            said = f"{least} samples take {needed:g} passes with memory={memory}, more than passes={self._passes:g}"
+            raise OverMemory(f"{said}: raise passes or memory")
         if size <= held:
             return
         self._passes -= self.cost(size)

@@ -6,7 +6,7 @@ from ntkbench.methods.base.layerwise import Layerwise
 
 
 class SingleLogit(Layerwise):
-    """The kernel A of g(x) = f_1(x), approximating Theta as A ⊗ I_O. 1 pass for each parameter set."""
+    """The kernel A of g(x) = f_1(x), approximating Theta as A ⊗ I_O. 1 pass for each set of weights."""
 
     title = "single logit"
     kind = "approximate"

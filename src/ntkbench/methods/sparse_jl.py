@@ -10,10 +10,10 @@ from ntkbench.methods.base.projected import HashedRows
 class SparseJL(HashedRows):
     """Features Phi = J S, where S has ``nonzeros`` random signs for each parameter, one in each block of features.
 
-    Takes O passes for each parameter set and n P ``nonzeros`` additions for any k. A block of k / ``nonzeros`` features
-    is a CountSketch. Blocks are independent, so they serve as replicates for the unbiased estimates and their standard
-    errors. The relative error of the Gram matrix is that of a dense projection with as many features. ``grass`` first
-    drops random parameters, which saves time and adds variance.
+    Takes O passes for each set of weights and n P ``nonzeros`` additions for any k. A block of k / ``nonzeros``
+    features is a CountSketch. Blocks are independent, so they serve as replicates for the unbiased estimates and their
+    standard errors. The relative error of the Gram matrix is that of a dense projection with as many features.
+    ``grass`` first drops random parameters, which saves time and adds variance.
 
     Attributes:
         nonzeros: number of nonzeros per parameter; 8 give the standard error 7 degrees of freedom.

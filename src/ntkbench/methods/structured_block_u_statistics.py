@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class StructuredBlockUStatistics(StructuredUStatistics):
     """The estimator of ``block_u_statistics`` on the engine of ``structured_derivatives``.
 
-    Mean, variance and passes are the same: 1 pass per probe, 2 for alignment. The gradient of a weight is a sum of
-    outer products of inputs and cotangents, so inner products of gradients follow from those of their factors. For a
-    linear layer of I inputs and I' outputs they take I + I' multiplications in place of I I'.
+    It is unbiased, with the same variance and passes: 1 pass per probe, 2 for alignment. The gradient of a weight is a
+    sum of outer products of inputs and cotangents, so inner products of gradients follow from those of their factors.
+    For a linear layer of I inputs and I' outputs they take I + I' multiplications instead of I I'.
 
     Probes are processed in groups, and only pairs within a group are used. Probes that are added later form new groups.
     If the kernel of a group does not fit in memory, the passes of its columns are repeated, so fewer probes are drawn

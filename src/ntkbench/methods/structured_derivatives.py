@@ -8,7 +8,7 @@ from ntkbench.methods.base.layerwise import Layerwise
 class StructuredDerivatives(Layerwise):
     """Theta as a sum over layers of products of their inputs and of the cotangents at their outputs.
 
-    Takes O backward passes for each parameter set, without the gradients of weights. Each layer is contracted in the
+    Takes O backward passes for each set of weights, without the gradients of weights. Each layer is contracted in the
     cheaper of two orders, for one triangle of Theta; the trace takes only the diagonal. Theta and one layer are held in
     memory, or blocks of Theta if these do not fit.
     """

@@ -8,7 +8,7 @@ from ntkbench.methods.base.layerwise import Layerwise
 class StructuredSumOfLogits(Layerwise):
     """The kernel of g(x) = O^{-1/2} sum_o f_o(x), approximating Theta as pNTK ⊗ I_O.
 
-    1 pass for each parameter set. Per-sample gradients are written out only if that is cheaper.
+    1 pass for each set of weights. Per-sample gradients are written out only if that is cheaper.
     """
 
     title = "pNTK by layers"

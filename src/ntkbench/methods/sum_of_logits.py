@@ -19,7 +19,7 @@ from ntkbench.problem import Problem
 class SumOfLogits(Deterministic):
     """The kernel <grad g(x), grad g(x')> of g(x) = O^{-1/2} sum_o f_o(x), approximating Theta as pNTK ⊗ I_O.
 
-    1 pass for each parameter set, and N^2 P multiplications. The metrics are those of pNTK ⊗ I_O; its difference from
+    1 pass for each set of weights, and N^2 P multiplications. The metrics are those of pNTK ⊗ I_O; its difference from
     Theta counts as error.
     """
 
@@ -37,7 +37,7 @@ class SumOfLogits(Deterministic):
 
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:
         j = max(jacobians, key=lambda j: j.P)
-        # Two blocks of rows at each parameter set, one that is being computed, and its parts by parameter.
+        # Two blocks of rows at each set of weights, one that is being computed, and its parts by parameter.
         row = j.bytes_per_probe() // j.N + j.P * j.itemsize
         memory = j.memory - len(jacobians) * j.bytes_of_certificates()
         size = max(1, memory // ((2 + 2 * len(jacobians)) * row))

@@ -8,7 +8,7 @@ from ntkbench.methods.base.layerwise import Layerwise
 class TraceKernel(Layerwise):
     """A = (1/O) tr_O Theta, approximating Theta as A ⊗ I_O. No n x n matrix is formed.
 
-    O passes for each parameter set. The trace of Theta is exact.
+    O passes for each set of weights. The trace of Theta is exact.
     """
 
     title = "trace kernel"

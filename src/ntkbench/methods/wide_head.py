@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 class WideHead(WideHeadMethod):
     """Theta of a network that ends with a linear layer from d inputs to V > d outputs, at T positions of each sample.
 
-    This takes T d passes in place of T V, and a kernel of N T d rows in place of N T V; see
+    This takes T d passes instead of T V, and a kernel of N T d rows instead of N T V; see
     :mod:`ntkbench.methods.base.head`. If the head shares its weight with the embedding, and m distinct tokens occur, it
-    takes T (m + d) passes and N T (m + d) rows, with m + 2 d in place of m + d for alignment; see
+    takes T (m + d) passes and N T (m + d) rows, with m + 2 d instead of m + d for alignment; see
     :mod:`ntkbench.methods.base.tied_head`. Such a weight must be used exactly twice, as embedding and as head.
 
     The last operations of the network's graph show that the results of the layer are the outputs. Plain autograd
-    certifies this: a gradient of the network is compared with that of its replacement, in 2 passes at each parameter
-    set. The method is for language models, whose vocabulary is far wider than their hidden states.
+    certifies this: a gradient of the network is compared with that of its replacement, in 2 passes at each set
+    of weights. The method is for language models, whose vocabulary is far wider than their hidden states.
     """
 
     title = "wide head"

@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 class WideHeadUStatistics(WideHeadMethod, StructuredUStatistics):
-    """The estimator of ``structured_block_u_statistics`` on a network whose head has r outputs in place of V.
+    """The estimator of ``structured_block_u_statistics`` on a network whose head has r outputs instead of V.
 
     Theta = (I ⊗ Q) Theta' (I ⊗ Q^T) + G ⊗ (I - Q Q^T), where Theta' is the kernel of the network with the head Q^T W.
     The moments of both terms add up. Those of the second term, which has V - r of V dimensions, are exact. Probes
-    estimate only Theta', with T r outputs in place of T V. For an untied head r = d, or 2 d for alignment; for a head
+    estimate only Theta', with T r outputs instead of T V. For an untied head r = d, or 2 d for alignment; for a head
     that is tied to the embedding, r is larger by the number of distinct tokens. See :mod:`ntkbench.methods.base.head`
     and :mod:`ntkbench.methods.base.tied_head`.
 
     1 pass of the network with the shorter head per probe, 2 for alignment. The moments are unbiased; the square root
     and the ratios are biased at order 1/K. Plain autograd certifies that the network with the shorter head represents
-    the original one, in 2 passes at each parameter set. The method is for language models, whose trace and norm at
+    the original one, in 2 passes at each set of weights. The method is for language models, whose trace and norm at
     initialisation are mostly those of the head.
     """
 

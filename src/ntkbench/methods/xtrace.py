@@ -25,7 +25,7 @@ class XTrace(FixedBudget):
         "Epperly et al. 2024 (doi 10.1137/23M1548323), section 2.1 and algorithm 2.1 with normalisation; J^T Q in "
         "place of Theta Q"
     )
-    use_when = "you compare estimators of the trace; ``xnystrace`` takes 2k passes in place of 3k"
+    use_when = "you compare estimators of the trace; ``xnystrace`` takes 2k passes instead of 3k"
     variance = "falls with the tail of the spectrum; 0 once k exceeds the rank of Theta"
     backends = ("torch", "jax")
     metrics = ("trace",)

@@ -49,7 +49,7 @@ class JacobianOperator(ABC):
     Each kind of product is certified when it is first used: it is compared with plain automatic differentiation of the
     unmodified network over the whole batch (see :mod:`ntkbench.operators.certificate`). If a kind differs by more than
     rounding, or raises, the backend's next method computes it, and ``notes`` say why. Certificates are not counted as
-    passes. They take one plain backward pass for each kind and parameter set, and two more products if the products
+    passes. They take one plain backward pass for each kind and set of weights, and two more products if the products
     themselves do not cover the whole batch, such as products with unit vectors or by sample. If the first comparison
     shows nothing, as for vectors that are mapped to zero or to rounding, a random vector is compared as well: two more
     products, and for VJPs another backward pass. Where a budget depends on the cost of JVPs, settling that cost takes
@@ -284,7 +284,7 @@ class JacobianOperator(ABC):
     def passes_per_jvp(self, by_sample: bool = False) -> int:
         """Passes of a JVP: 1, or 2 for a network without forward mode.
 
-        The first call determines this by products that are compared with the reference and not counted.
+        The first call determines this from products that are compared with the reference and not counted.
 
         Args:
             by_sample: whether to return the passes of :meth:`sample_jvp`.

@@ -103,7 +103,7 @@ def place(target: Target) -> jax.Device:
     if target.device == "cpu":
         return jax.devices("cpu")[0]
     if target.device == "cuda" and jax.default_backend() != "gpu":
-        raise Unavailable("device 'cuda' was asked for, but JAX sees no CUDA device; allowed here: auto, cpu")
+        raise Unavailable("device='cuda' was requested, but JAX sees no CUDA device; allowed here: auto, cpu")
     return jax.devices()[0]
 
 

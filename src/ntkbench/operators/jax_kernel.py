@@ -39,9 +39,7 @@ def ways(problem: Problem, x2: np.ndarray | None = None) -> list[Way]:
         found: list[Way] = [structured_derivatives, jacobian_contraction, sample_by_sample]
         return found if x2 is not None else [*found, row_by_row]
     if x2 is not None:
-        raise BadInput(
-            "samples interact in this function, so a kernel between two batches is not defined: leave x2 out"
-        )
+        raise BadInput("samples interact, so a kernel between two batches is not defined: omit the second inputs")
     return [row_by_row]
 
 
@@ -81,7 +79,7 @@ def sample_by_sample(
 def row_by_row(
     problem: Problem, x2: np.ndarray | None, directions: np.ndarray | None, averaged: bool, target: Target
 ) -> jax.Array:
-    """The kernel from rows of J by products over the whole batch, which allows samples to interact."""
+    """The kernel from rows of J, computed with products over the whole batch, which allows samples to interact."""
     return _by_rows(problem, x2, directions, averaged, target, independent=False)
 
 

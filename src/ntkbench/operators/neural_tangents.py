@@ -64,7 +64,7 @@ def _core_names() -> contextlib.AbstractContextManager[None]:
 def _zeros_like_primitive() -> contextlib.AbstractContextManager[None]:
     """``ad.zeros_like_p``, for the import: absent since jax 0.9.0.
 
-    neural-tangents registers a rule for it. No network can contain it any more, so an unused primitive suffices.
+    neural-tangents registers a rule for it. No network contains it, so an unused primitive suffices.
     """
     import jax.extend.core
     import jax.interpreters.ad
@@ -92,7 +92,7 @@ def _no_tensorflow() -> types.ModuleType:
 
 
 def _dynamic_shapes(empirical: types.ModuleType) -> None:
-    """``core.DShapedArray``: absent since jax 0.8.2. No array has this type any more, so an unused type suffices."""
+    """``core.DShapedArray``: absent since jax 0.8.2. No array has this type, so an unused type suffices."""
     vars(empirical)["core"] = _Overlay(empirical.core, DShapedArray=type("DShapedArray", (), {}))
 
 
@@ -213,7 +213,8 @@ def _equation_vjp(equation: Any, cotangent: Any, *inputs: Any) -> tuple[Any, ...
 
 
 def _operations(empirical: types.ModuleType) -> None:
-    """The criterion of ``AUTO``: the cost analysis of a compiled program is a dict, formerly a list of one dict."""
+    """The criterion of ``AUTO``: the cost analysis of a compiled program is a dict; neural-tangents expects a list of
+    one."""
     import jax
 
     def operations(function: Callable[..., Any], optimize: bool, *arguments: Any, **keywords: Any) -> float:

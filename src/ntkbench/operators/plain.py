@@ -48,7 +48,7 @@ class PlainNetwork:
             v: cotangent with ``N O`` entries, sample-major.
             memory: bytes of the values that autograd saves, and of this network's parameters and their gradients. A
                 batch that takes more is split into parts of at least two samples; its samples must not interact.
-            samples: number of samples of a part, in place of what the memory allows.
+            samples: number of samples of a part, instead of what the memory allows.
         """
         samples = samples or self.together(x, memory)
         self._clear()

@@ -122,7 +122,7 @@ def place(target: Target) -> torch.device:
 def check_device(target: Target) -> None:
     """See :func:`ntkbench.operators.check_device`."""
     if target.device == "cuda" and not torch.cuda.is_available():
-        raise Unavailable("device 'cuda' was asked for, but torch sees no CUDA device; allowed here: auto, cpu")
+        raise Unavailable("device='cuda' was requested, but torch sees no CUDA device; allowed here: auto, cpu")
 
 
 def device_name(target: Target) -> str:

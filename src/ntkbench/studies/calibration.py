@@ -170,7 +170,7 @@ class Subject:
 
 
 def _trained(problem: Problem) -> Problem:
-    """The same problem with its weights after training in place of the initial ones, and vice versa."""
+    """The same problem with its weights after training instead of the initial ones, and vice versa."""
     return replace(
         problem,
         name=f"{problem.name} trained",

@@ -32,7 +32,7 @@ class Certified(Strict):
         method: name of a method that runs on torch.
         metric: the metric that it computes.
         passes: budget of a method that takes one.
-        calls: calls of each kind, in place of the study's.
+        calls: calls of each kind, instead of the study's.
     """
 
     problem: ProblemLabel

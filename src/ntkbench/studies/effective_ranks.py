@@ -75,7 +75,7 @@ def with_statistics(problem: Problem, end: str, statistics: str) -> Problem:
 
     Args:
         problem: a problem with a network in torch.
-        end: the parameter set, ``theta_0`` or ``theta_f``.
+        end: the set of weights, ``theta_0`` or ``theta_f``.
         statistics: one of :data:`STATISTICS`.
 
     Raises:

@@ -68,7 +68,7 @@ class Settings(base.Settings):
 
 
 class Spectrum:
-    """A prescribed spectrum in place of a prepared problem: the Jacobians of each metric, and the exact values.
+    """A prescribed spectrum instead of a prepared problem: the Jacobians of each metric, and the exact values.
 
     Args:
         eigenvalues: nonzero eigenvalues of Theta, ``[min(n, P)]``.
@@ -96,7 +96,7 @@ class Spectrum:
         self._jacobians = [dense.DenseJacobian(torch.from_numpy(end).to(**to), probes, target.memory) for end in ends]
 
     def jacobians(self, metric: str) -> list[JacobianOperator]:
-        """Operators with their counters at zero, at both parameter sets for the alignment."""
+        """Operators with their counters at zero, at both sets of weights for the alignment."""
         return [j.fresh() for j in self._jacobians[: len(metrics.parameter_sets(metric))]]
 
 
@@ -129,7 +129,7 @@ def _measure(
 ) -> dict[str, Any]:
     least = method.cost(metric, method.fewest_probes)
     if passes < least:
-        raise Unavailable(f"{metric} takes at least {counted(least, 'pass', 'passes')}")
+        raise Unavailable(f"the {metrics.words(metric)} takes at least {counted(least, 'pass', 'passes')}")
     made = spectrum()
     found = Reruns(made.truth[metric], settings.dtype)
     found.run(lambda seed: method.estimate(made, metric, passes, seed), range(settings.seeds))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import Field, PositiveInt
 
-from ntkbench import methods
+from ntkbench import methods, operations
 from ntkbench.errors import Unavailable
 from ntkbench.measure.seeds import checked
 from ntkbench.measure.timing import timed
@@ -87,8 +87,8 @@ def _check(settings: Settings, method: Method, problem: Problem, flops: float) -
     target = settings.target()
     if reason := method.unsupported_reason(problem, "norm", target):
         raise Unavailable(reason)
-    # A backward pass takes twice the operations of a forward pass.
-    needed = 3 * flops * problem.N * (problem.O if KERNELS[method.name] == "NTK" else 1)
+    of_both = operations.FORWARD_AND_BACKWARD * flops
+    needed = of_both * problem.N * (problem.O if KERNELS[method.name] == "NTK" else 1)
     if method.name == "jacobian_contraction":
         needed += 2 * problem.n**2 * problem.P  # products of all rows of J
         size = problem.n * problem.P * target.itemsize

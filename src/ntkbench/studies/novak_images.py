@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 from pydantic import Field, PositiveInt, model_validator
 
+from ntkbench import operations
 from ntkbench.studies import base
 
 if TYPE_CHECKING:
@@ -159,8 +160,8 @@ class Case:
         from ntkbench.studies.base import programs
 
         settings = self._settings
-        # A backward pass takes twice the operations of a forward pass.
-        settings.limits.check_operations(3 * self._forward_flops * settings.samples * self._outputs)
+        of_both = operations.FORWARD_AND_BACKWARD * self._forward_flops
+        settings.limits.check_operations(of_both * settings.samples * self._outputs)
         if name == OURS:
             return programs.timed_engine(self._network, self._x, settings.target(), settings.calls)
         weights = {key: w.detach().numpy() for key, w in self._network.named_parameters()}

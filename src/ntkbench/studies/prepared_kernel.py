@@ -46,7 +46,7 @@ class Case(Strict):
 
     Attributes:
         problem: its label.
-        calls: calls of each function, in place of the study's.
+        calls: calls of each function, instead of the study's.
     """
 
     problem: ProblemLabel

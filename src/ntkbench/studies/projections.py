@@ -181,7 +181,7 @@ def _rms(name: str, values: list[float]) -> dict[str, float]:
 
 
 def _errors(exact: Truth, found: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """Columns from the Gram matrices of each seed at both parameter sets."""
+    """Columns from the Gram matrices of each seed at both sets of weights."""
     norms = [float(np.linalg.norm(theta)) / exact.norm - 1 for theta, _ in found]
     return {
         **_rms("gram_error", [exact.gram_error(theta) for theta, _ in found]),

@@ -41,7 +41,7 @@ class Comparison(Strict):
         rivals: methods, or keys of :data:`ntkbench.studies.base.computations.COMPUTATIONS`; :data:`BARE` stands for the
             matrix products and convolutions in the subject, by themselves.
         subject: a method or computation.
-        calls: calls of each, in place of the study's.
+        calls: calls of each, instead of the study's.
         metric: the metric that methods compute; the norm uses all of Theta.
         share: share of the rows of J that ``naive_jacobian`` is timed for, as the rival in a trace: at least one row,
             and a whole number of them. Its seconds are divided by the share of the rows that are timed.
@@ -92,7 +92,7 @@ COMPARISONS = [
     _methods("fc_relu[N=16,width=256]", [*NEURAL_TANGENTS, "jacobian_contraction"]),
     _methods("fc_relu[N=64,width=512]", [NEURAL_TANGENTS[0]]),
     _methods("fc_relu[N=64,width=512]", ["jacobian_contraction"], calls=2),
-    # The other two take 80 and 350 times as long as neural-tangents' best here.
+    # The other two take far longer than neural-tangents' best here.
     _methods("fc_relu", NEURAL_TANGENTS[:1]),
     _methods("fc_relu[N=512,depth=2,width=256]", [BARE, NEURAL_TANGENTS[0]]),
     _methods("conv_relu", NEURAL_TANGENTS[:1], calls=5),
@@ -104,7 +104,7 @@ COMPARISONS = [
     _methods("digits_conv[N=64]", [NEURAL_TANGENTS[0], "jacobian_contraction"]),
     _methods("mlp_hazelden[N=2]", [NEURAL_TANGENTS[0]], calls=100),
     _methods("mlp_hazelden[N=2]", ["jacobian_contraction"]),
-    # A vocabulary of 2,048 at 8 positions: 16,384 backward passes in place of 512.
+    # A vocabulary of 2,048 at 8 positions: 16,384 backward passes instead of 512.
     _methods("transformer_tiny[N=1,T=8,V=2048,d=64]", ["naive_jacobian"], subject="wide_head", calls=1, metric="trace"),
     # A vocabulary of 4,096 at 32 positions: 131,072 backward passes, of which 262 are timed.
     _methods(

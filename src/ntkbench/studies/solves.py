@@ -1,11 +1,11 @@
 """Solutions of (Theta + ridge I) x = y to a residual, by a factor of all of Theta or conjugate gradients on products.
 
-The ridge is a share of the largest eigenvalue of Theta, so that the condition number of Theta + ridge I is at most
-1 + 1 / share, and known from the float64 eigenvalues. Right-hand sides are normal vectors, each with its own seed.
+The ridge is a share of the largest eigenvalue of Theta, so that the condition number of Theta + ridge I is at most 1 +
+1 / share, and known from the float64 eigenvalues. Right-hand sides are normal vectors, each with its own seed.
 ``cholesky`` and ``nystrom`` are the methods of :func:`ntkbench.solve` if Theta fits in memory and if it does not;
 ``plain`` is ``nystrom`` without its preconditioner; both aim at half the tolerance. ``scipy`` is SciPy's ``cg`` on the
 same products, which stops as soon as its own recursion is within the tolerance. The residual of every solution is
-computed by products in float64, whatever the precision of the solution.
+computed from products in float64, whatever the precision of the solution.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Truth:
         return float((self.values[-1] + ridge) / (self.values[0] + ridge))
 
     def residual(self, x: np.ndarray, y: np.ndarray, ridge: float) -> float:
-        """||(Theta + ridge I) x - y|| / ||y|| by products in float64."""
+        """||(Theta + ridge I) x - y|| / ||y|| from products in float64."""
         rest = solve.operator(self.precise, ridge) @ x - y
         return float(np.linalg.norm(rest) / np.linalg.norm(y))
 

@@ -160,7 +160,7 @@ class Truth:
     def condition(self, top: float, off: float, smallest: float, between: tuple[float, float]) -> Answer:
         """The condition number of Theta + ridge, with the bounds that follow from those of both eigenvalues.
 
-        There is no upper end if the smallest eigenvalue has no lower bound. That is so for all methods by products,
+        There is no upper end if the smallest eigenvalue has no lower bound. That is so for all matrix-free methods,
         where an eigenvalue may also be larger than ``top + off``.
         """
         low = (max(top - off, 0.0) + self.ridge) / (between[1] + self.ridge)

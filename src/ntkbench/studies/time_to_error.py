@@ -70,7 +70,7 @@ class Goal(Strict):
     Attributes:
         problem, metric, error: label of the problem, metric, and relative error to reach.
         exact: whether the exact value is available.
-        patience_s: seconds of one estimate, in place of ``limits.patience_s``. A method that takes longer is not tried
+        patience_s: seconds of one estimate, instead of ``limits.patience_s``. A method that takes longer is not tried
             with a larger budget, and does not take part; one that takes five times as long at its first calls with a
             budget is abandoned at once, and its other backends as well if it takes 25 times as long.
     """

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from ntkbench import methods
+from ntkbench import methods, metrics
 from ntkbench.errors import BadInput, Unavailable
 from ntkbench.measure.seeds import Reruns
 from ntkbench.measure.timing import timed
@@ -158,7 +158,7 @@ def _estimated(
 ) -> dict[str, Any]:
     method = methods.stochastic(name)
     if passes < (least := method.cost(metric, method.fewest_probes)):
-        raise Unavailable(f"{metric} takes at least {counted(least, 'pass', 'passes')}")
+        raise Unavailable(f"the {metrics.words(metric)} takes at least {counted(least, 'pass', 'passes')}")
     found = Reruns(truth(kernel, metric), settings.dtype)
     # Each row has its own seeds, so that errors of two rows are independent.
     first = zlib.crc32(f"{kernel}, {metric}, {name}, {passes}".encode())

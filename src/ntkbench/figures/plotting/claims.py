@@ -68,7 +68,7 @@ class Claim:
         runs: number of runs behind the value.
         of: the kind of runs: estimates, networks, cases.
         unit: unit of the value in a sentence: seconds, times.
-        best: for a speed-up, the same with the best exact method in place of the published baseline.
+        best: for a speed-up, the same with the best exact method instead of the published baseline.
         best_title: title of that method; not in the table if nothing was measured with it.
         addressed: whether the measurement tests the claim; if not, ``note`` says why.
         note: what a reader must know in addition to the numbers.

@@ -1,4 +1,4 @@
-"""The base class of methods that take no budget and compute moments by products with J."""
+"""The base class of methods that take no budget and compute moments from products with J."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ntkbench.operators import JacobianOperator
 
 
 class Deterministic(Method):
-    """A method that computes moments of Theta, or of a kernel that approximates it, by products with J."""
+    """A method that computes moments of Theta, or of a kernel that approximates it, from products with J."""
 
     @abstractmethod
     def moments(self, metric: str, jacobians: Sequence[JacobianOperator]) -> Moments:

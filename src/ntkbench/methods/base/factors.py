@@ -37,6 +37,7 @@ from ntkbench.metrics import Moments
 from ntkbench.operators import arrays
 from ntkbench.options import Target
 from ntkbench.problem import Problem
+from ntkbench.units import bytes_label, over_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -273,7 +274,8 @@ def _moments_of_k(ends: Sequence[TracedNetwork]) -> Moments:
         )
     )
     if (needed := held + kept + of_sample) > memory:
-        raise OverMemory(f"the inputs of layers and their products take {needed} bytes; memory is {memory}")
+        said = f"the inputs of layers and their products take {over_memory(needed, memory)}"
+        raise OverMemory(f"{said}: raise memory, or use fewer inputs")
     size = max(1, (memory - held - kept) // of_sample)
     for start in range(0, N, size):
         chunk = slice(start, start + size)
@@ -356,7 +358,8 @@ def _moments_of_p(
         return MomentEstimates(np.array(values), nothing, nothing, nothing, np.inf), True
     size = _at_once(ends, probes)
     if size < LEAST:
-        raise OverMemory(f"the cotangents of {LEAST} probes do not fit in memory of {ends[0].engine.memory}")
+        memory = bytes_label(ends[0].engine.memory)
+        raise OverMemory(f"the cotangents of {LEAST} probes do not fit in memory, which is {memory}: raise memory")
     rng = TorchRng(seed, ends[0].parameters[0].dtype, ends[0].x.device)
     groups = []
     for chunk in arrays.chunks(probes, -(-probes // size)):

@@ -36,7 +36,7 @@ class Gram:
 
 
 def moments_of_grams(first: Gram, second: Gram | None = None) -> Moments:
-    """Moments of G, or of G and G_f, by products of d x d matrices.
+    """Moments of G, or of G and G_f, from products of d x d matrices.
 
     With E = H_f - H, the difference G_f - G is E H_f^T + H E^T, which keeps the digits of a small E.
 

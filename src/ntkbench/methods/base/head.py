@@ -1,7 +1,7 @@
 """Networks that end with a wide linear layer: their kernel from that of the network in front of it.
 
 The layer gives f_t = W h_t + b at T positions of a sample, with V outputs each, from hidden vectors h_t of length
-d < V. With W = U R, where U has d orthonormal columns, the network g_t = R h_t with a fixed R has T d outputs in place
+d < V. With W = U R, where U has d orthonormal columns, the network g_t = R h_t with a fixed R has T d outputs instead
 of T V, and
 
     Theta = (I ⊗ U) Theta_g (I ⊗ U^T) + G ⊗ I_V,    G_ts = h_t . h_s (+ 1 with a bias),
@@ -140,7 +140,7 @@ class HeadedNetwork:
         return self._trace(self._g)
 
     def replaced(self, matrix: Tensor) -> TracedNetwork:
-        """The network with a fixed matrix ``[d, d]`` in place of its head, traced."""
+        """The network with a fixed matrix ``[d, d]`` instead of its head, traced."""
         return self._trace(self._with_head(matrix))
 
     def shortened(self, Q: Tensor) -> tuple[Problem, TracedNetwork]:

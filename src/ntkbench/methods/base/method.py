@@ -94,7 +94,7 @@ class Method(ABC):
     ) -> str | None:
         """Why the method does not support a problem, metric, target or budget; ``None`` if it does."""
         if metric not in self.given:
-            return f"gives {', '.join(self.given)} only"
+            return f"computes the {metrics.words(*self.given)} only"
         if target.backend not in self.backends:
             return f"runs on {', '.join(self.backends)} only"
         networks = [problem.end(name)[0] for name in metrics.parameter_sets(metric)]
@@ -111,9 +111,9 @@ class Method(ABC):
         if self.needs_one_network and networks[-1] is not problem:
             return "aligns two sets of weights of one network, but these belong to two networks"
         if self.needs_independent_samples and problem.samples_interact:
-            return "samples interact, so there are no per-sample Jacobians"
+            return "samples interact: it needs samples that do not (model.eval(), if this is due to BatchNorm)"
         if self.needs_recurrence and not all(declares(each.module) for each in networks):
-            return "the problem is not a recurrent network (its module declares no recurrence)"
+            return "the network declares no recurrence; see docs/recurrent.md"
         return None
 
     def unscored_reason(self, problem: Problem) -> str | None:

@@ -181,12 +181,12 @@ class CompiledPrograms:
         self.certificate = max(off, self.certificate or 0.0)
 
     def _form(self, name: str) -> float:
-        """||J^T c||^2 at one parameter set."""
+        """||J^T c||^2 at one set of weights."""
         g = self._gradient(name)
         return float(g @ g)
 
     def _gradient(self, name: str) -> Any:
-        """J^T c at one parameter set, by plain autograd over the whole batch; 1 pass."""
+        """J^T c at one set of weights, by plain autograd over the whole batch; 1 pass."""
         c = _weights(self._problem.N, self._problem.O, self._target.dtype)
         return plain_gradient(self._problem, name, self._target, list(self._problem.weights(name)))(c.reshape(-1))
 
@@ -267,10 +267,10 @@ def _compiled(
     target: Target,
     name: str,
 ) -> jax.stages.Compiled:
-    """The program (parameter sets, x) -> (moments or kernel, values to certify) for some shapes.
+    """The program (sets of weights, x) -> (moments or kernel, values to certify) for some shapes.
 
     Args:
-        forwards: the network at each parameter set.
+        forwards: the network at each set of weights.
         implementation: implementation of neural-tangents.
         what: ``trace``, which is computed without the kernel, ``moments``, or :data:`KERNEL`.
         sizes: outputs of a sample, and the samples whose part of the trace is certified.

@@ -31,9 +31,9 @@ SEEN = 0.5
 
 
 class Projected(Stochastic):
-    """Metrics from k random features of each row of J, ``Phi = J S``, with the same S at all parameter sets.
+    """Metrics from k random features of each row of J, ``Phi = J S``, with the same S at all sets of weights.
 
-    The budget is k for each parameter set. The features take the O passes of the rows of J for any k, so fewer passes
+    The budget is k for each set of weights. The features take the O passes of the rows of J for any k, so fewer passes
     are spent than budgeted if k > O. A larger k costs multiplications, memory and time instead, as each method states.
 
     S has R independent parts; see :mod:`ntkbench.estimators.projections`. tr Theta = E mean_i ||Phi_i||_F^2,
@@ -51,11 +51,11 @@ class Projected(Stochastic):
     def features(
         self, prepared: Any, metric: str, k: int, seed: int, *, replicates: int | None = None
     ) -> tuple[list[Features], Ledger]:
-        """Features at each parameter set of a metric, ``[R, n, w]`` with R w <= k, in the order of the rows of J.
+        """Features at each set of weights of a metric, ``[R, n, w]`` with R w <= k, in the order of the rows of J.
 
         Args:
             prepared: the result of :meth:`prepare`.
-            metric: gives the parameter sets.
+            metric: gives the sets of weights.
             k: number of features of a row.
             seed: seed of S.
             replicates: R, by default the method's choice; 1 for a projection as it was published.
@@ -72,7 +72,7 @@ class Projected(Stochastic):
     def parts(self, k: int) -> int:
         """R for k features of a row."""
 
-    def masks(self, prepared: Any, k: int) -> bool:
+    def masks(self, prepared: Any, metric: str, k: int) -> bool:
         """Whether each replicate leaves out some parameters for k features of a row."""
         return False
 
@@ -91,13 +91,13 @@ class Projected(Stochastic):
     def spend(self, prepared: Any, metric: str, passes: int, seed: int) -> Estimate:
         k = self.probes(metric, passes)
         features, ledger = self.features(prepared, metric, k, seed)
-        missed = self.masks(prepared, k) and min(float(each.any((1, 2)).mean()) for each in features) < SEEN
+        missed = self.masks(prepared, metric, k) and min(float(each.any((1, 2)).mean()) for each in features) < SEEN
         try:
             point, complement = estimated(metric, features)
         except Undefined:
             if missed:
                 shown = "most features are zero, and the parameters kept are too few to show that Theta is zero"
-                raise Undefined(f"the {metric} cannot be estimated: {shown}") from None
+                raise Undefined(f"the {metrics.words(metric)} cannot be estimated: {shown}") from None
             check_enough((metric,), len(features[0]))
             raise
         value, error, degrees = self.with_unknown_error(
@@ -112,7 +112,7 @@ class Projected(Stochastic):
 
 
 def estimated(metric: str, features: Sequence[Features]) -> tuple[PointEstimate, float | None]:
-    """A metric from the features at each of its parameter sets, and 1 - alignment for an alignment."""
+    """A metric from the features at each of its sets of weights, and 1 - alignment for an alignment."""
     names, tables, traces = projections.pair_tables(metric, features)
     if metric == "trace":
         return mean(traces), None
@@ -139,7 +139,7 @@ class ProjectedRows(Projected):
 
     @abstractmethod
     def sketch(self, j: JacobianOperator, k: int, seed: int, replicates: int | None) -> Sketch:
-        """A projection of rows of length ``j.P``; equal arguments give the same one at all parameter sets."""
+        """A projection of rows of length ``j.P``; equal arguments give the same one at all sets of weights."""
 
     def features(
         self, prepared: PreparedProblem, metric: str, k: int, seed: int, *, replicates: int | None = None
@@ -171,8 +171,8 @@ class HashedRows(ProjectedRows):
     def parts(self, k: int) -> int:
         return self.nonzeros
 
-    def masks(self, prepared: PreparedProblem, k: int) -> bool:
-        P = prepared.problem.P
+    def masks(self, prepared: PreparedProblem, metric: str, k: int) -> bool:
+        P = prepared.jacobians(metric)[0].P
         return self._of_all(P, k // self.nonzeros) < P
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:

@@ -94,7 +94,7 @@ class Stochastic(Method):
         for metric in names:
             if found < (least := self.cost(metric, self.fewest_probes)):
                 needed = _takes(metric, math.ceil(least * factor - ROUNDING))
-                raise BadInput(f"{self.name}: {needed}, as a JVP of this network takes {each}; got {passes}")
+                raise BadInput(f"{self.name}: {needed}, as a JVP of this network takes {each}; got passes={passes}")
         return found
 
     def signs(self, problem: Problem, metric: str) -> int:
@@ -153,12 +153,12 @@ class Stochastic(Method):
         if passes is None:
             raise BadInput(f"{self.name} is stochastic and needs a positive number of passes; got none")
         if passes < (least := self.cost(metric, self.fewest_probes)):
-            raise BadInput(f"{self.name}: {_takes(metric, least)}; got {passes}")
+            raise BadInput(f"{self.name}: {_takes(metric, least)}; got passes={passes}")
         return self.spend(prepared, metric, passes, seed)
 
 
 def _takes(metric: str, least: int) -> str:
-    return f"{metric} takes at least {counted(least, 'pass', 'passes')}"
+    return f"the {metrics.words(metric)} takes at least {counted(least, 'pass', 'passes')}"
 
 
 def _does_not_differ(problem: Problem) -> bool:
@@ -173,7 +173,7 @@ def check_enough(names: Sequence[str], probes: int) -> None:
     """Check that probes whose products are all zero are enough to show that Theta is zero."""
     if probes <= ALIKE:
         shown = f"all products of {probes} probes are zero, and these are too few to show that Theta is zero"
-        raise Undefined(f"the {' and '.join(names)} cannot be estimated: {shown}")
+        raise Undefined(f"the {metrics.words(*names)} cannot be estimated: {shown}")
 
 
 ROUNDING = 1e-9
@@ -183,8 +183,8 @@ ROUNDING = 1e-9
 class FixedBudget(Stochastic):
     """A stochastic method that must know its budget in advance, for example to size a sketch.
 
-    On uneven batches 86 % of the 95 % intervals contained the norm with the 2 degrees of freedom of ``hutchpp`` or the
-    4 of ``nystrompp``, and 79 % with the 5 of ``hutchpp_paper``.
+    On uneven batches, the few degrees of freedom of ``hutchpp`` (2), ``nystrompp`` (4) and ``hutchpp_paper`` (5) make
+    intervals contain the norm too rarely; a note says so.
 
     Attributes:
         gradients_held: number of vectors of length P in memory at a time, for each probe.
@@ -324,7 +324,7 @@ class Incremental(Stochastic):
         """Probes beyond which methods whose cost is linear in their number are cheaper."""
         return math.inf
 
-    def _first_look(self, prepared: Any, names: Sequence[str], rtol: float) -> int:
+    def _first_check(self, prepared: Any, names: Sequence[str], rtol: float) -> int:
         """Probes before the first check of the errors: :meth:`probes_to_decide` if these may reach the tolerance."""
         problem = getattr(prepared, "problem", None)
         if problem is None or rtol < WIDE:
@@ -373,8 +373,8 @@ class Incremental(Stochastic):
         accumulator, ledger = self.begin(prepared, names, seed)
         most = self.affordable(prepared, names, passes) // max(self.passes_per_probe(name) for name in names)
         fewest = max(self.fewest_probes, accumulator.least)
-        looks: list[tuple[int, float]] = []
-        drawn, batch = 0, most if rtol is None else min(most, max(self._first_look(prepared, names, rtol), fewest))
+        checks: list[tuple[int, float]] = []
+        drawn, batch = 0, most if rtol is None else min(most, max(self._first_check(prepared, names, rtol), fewest))
         while True:
             accumulator.extend(batch)
             drawn += batch
@@ -410,7 +410,7 @@ class Incremental(Stochastic):
             }
             if rtol is None:
                 return found
-            least = LEAST_DEGREES / (2 if looks else 1)
+            least = LEAST_DEGREES / (2 if checks else 1)
             deciding = [_deciding(each, rtol, confidence) for each in found.values()]
             far = math.inf if accumulator.uneven else FAR_WITHIN
             further = math.ceil(drawn * (_growth(deciding, rtol, confidence, most / drawn, least, far) - 1))
@@ -420,11 +420,11 @@ class Incremental(Stochastic):
                 break
             width = max(each.relative_width(confidence) for each in deciding)
             progress_bar.say(f", within {100 * width:.2g} %, target {100 * rtol:.2g} %")
-            looks.append((drawn, _excess(deciding, rtol, confidence)))
-            needed = max(_probes_needed(looks, 0.5 if tuple(names) == ("trace",) else self.order), drawn + further)
+            checks.append((drawn, _excess(deciding, rtol, confidence)))
+            needed = max(_probes_needed(checks, 0.5 if tuple(names) == ("trace",) else self.order), drawn + further)
             remaining = spent * (needed / drawn - 1) + stopping.products(needed) - stopping.products(drawn)
             if needed > stopping.most_probes:
-                slowly = max(needed, drawn * looks[-1][1] ** 2)
+                slowly = max(needed, drawn * checks[-1][1] ** 2)
                 raise OthersAreCheaper(spent, math.sqrt(needed * slowly) if math.isfinite(slowly) else needed)
             if remaining > WORTH * stopping.exact_cost and spent + stopping.exact_passes <= passes:
                 raise ExactIsCheaper(spent)
@@ -448,11 +448,11 @@ def _deciding(estimate: Estimate, rtol: float, confidence: float) -> Estimate:
 
 
 STEP = 4
-"""Numbers of probes after the first look are multiples of this, so that few programs are traced or compiled."""
+"""Numbers of probes after the first check are multiples of this, so that few programs are traced or compiled."""
 
 
 def _rounded(probes: int, first: int) -> int:
-    """A number of probes, rounded up: by at most a quarter from 16 on, by less where the first look is smaller."""
+    """A number of probes, rounded up: by at most a quarter from 16 on, by less where the first check is smaller."""
     step = min(STEP, first) * 2 ** max(0, int(math.log2(probes / (4 * STEP))) if probes > 4 * STEP else 0)
     return step * math.ceil(probes / step)
 
@@ -463,8 +463,8 @@ WORTH = 0.5
 It is below 1 because the number of probes that are needed is uncertain, and the cost of exact values is not.
 """
 WIDE = 0.05
-"""Smallest tolerance that the first look may reach. For smaller ones it is early, because it only tells how many probes
-are needed, or that exact values are cheaper."""
+"""Smallest tolerance that the first check may reach. For smaller ones it is early, because it only tells how many
+probes are needed, or that exact values are cheaper."""
 MOST_EXCESS = 1e4
 """Ratio of error to tolerance beyond which larger ratios make no difference."""
 
@@ -496,14 +496,14 @@ def _is_within(
     return all(_after(each, factor, safety).relative_width(confidence) <= rtol for each in found)
 
 
-def _probes_needed(looks: Sequence[tuple[int, float]], order: float) -> float:
+def _probes_needed(checks: Sequence[tuple[int, float]], order: float) -> float:
     """Probes that a tolerance takes, extrapolated from the errors so far.
 
     Args:
-        looks: numbers of probes, and ratios of error to tolerance.
+        checks: numbers of probes, and ratios of error to tolerance.
         order: the error falls at best as this power of the number of probes; at worst it falls as the square root.
     """
-    (first, at_first), (drawn, excess) = looks[0], looks[-1]
+    (first, at_first), (drawn, excess) = checks[0], checks[-1]
     if not math.isfinite(excess):
         return 0.0
     if drawn > first and math.isfinite(at_first):
@@ -512,14 +512,14 @@ def _probes_needed(looks: Sequence[tuple[int, float]], order: float) -> float:
 
 
 LEAST_DEGREES = 60
-"""Fewest degrees of freedom at which a standard error decides at the first look whether a tolerance is reached.
+"""Fewest degrees of freedom at which a standard error decides at the first check whether a tolerance is reached.
 
-The next look comes when :data:`EXPECTED_DEGREES` are expected, and then half of :data:`LEAST_DEGREES` is enough, so the
-number of probes hardly depends on the degrees of freedom that are found. This matters because a skewed sample without
-large values has many degrees of freedom, and its mean is too small.
+The next check comes when :data:`EXPECTED_DEGREES` are expected, and then half of :data:`LEAST_DEGREES` is enough, so
+the number of probes hardly depends on the degrees of freedom that are found. This matters because a skewed sample
+without large values has many degrees of freedom, and its mean is too small.
 """
 EXPECTED_DEGREES = 1.5 * LEAST_DEGREES
-"""Degrees of freedom that a second look should have."""
+"""Degrees of freedom that a second check should have."""
 FAR_WITHIN = 10
 """Ratio of the tolerance to the width of an interval that decides with any degrees of freedom.
 
@@ -563,8 +563,8 @@ def _growth(
 def _widened(estimate: Estimate, least: float) -> Estimate:
     """The final estimate of a run; an error with few degrees of freedom is replaced by its upper limit.
 
-    A run stops early if its error is underestimated. Of the runs of ``gram_forward`` that stopped after 16 probes, 62 %
-    had a 95 % interval that contained the exact value; with the upper limit, 91 % had one.
+    A run stops early if its error is underestimated, so the intervals of such runs would contain the exact value too
+    rarely.
     """
     if estimate.degrees >= least or not estimate.standard_error:
         return estimate

@@ -241,7 +241,8 @@ class GroupedUStatistics(Accumulator):
         sizes, passes = self._sizes(probes), float(probes)
         if not sizes and not self._groups:
             needed, memory = self._cost(2), self._ends[0].engine.memory
-            raise OverMemory(f"two probes take {needed:g} passes with memory of {memory}; the budget is {probes}")
+            said = f"two probes take {needed:g} passes with memory={memory}, more than passes={probes}"
+            raise OverMemory(f"{said}: raise passes or memory")
         drawn = sum(k for k, _ in self._groups)
         worth = self._N > strata.UNEVEN and drawn + probes >= self._least_with_pilot
         if self._shares is None and worth and sizes and sizes[0] >= 4:

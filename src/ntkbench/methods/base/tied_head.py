@@ -6,7 +6,7 @@ through the hidden vectors, in the rows of the tokens that occur. Theta has both
 
 Let Q, ``[V, r]``, have orthonormal columns that span those of W and the unit vectors of all tokens that occur:
 Q = [I, U] with U from the QR factorisation of the other rows of W. Then W' = Q^T W with b' = Q^T b is table and head of
-a network f' with r outputs in place of V, whose tokens have the same rows, so that h' = h and f = Q f'. A change Q A of
+a network f' with r outputs instead of V, whose tokens have the same rows, so that h' = h and f = Q f'. A change Q A of
 W is a change A of W', in either part. A change orthogonal to Q moves no h, since it is zero in the rows of tokens, and
 no output within the span of Q. So
 
@@ -20,7 +20,7 @@ act on orthogonal spaces, so their moments add up:
     tr(Theta Theta_f) = tr(Theta' Theta'_f) + (V - r) tr(G G_f)
 
 the last with one Q for both weights, which spans the columns of W and of W_f. With m distinct tokens, r is m + d, or
-m + 2 d for alignment. This takes T r passes in place of T V; no matrix is larger than ``[N T r, N T r]`` or W.
+m + 2 d for alignment. This takes T r passes instead of T V; no matrix is larger than ``[N T r, N T r]`` or W.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class WideHeadMethod(Method):
         return None if head.candidates(problem) or tied_head.tables(problem) else NO_HEAD
 
     def products(self, problem: Problem, metric: str, passes: float) -> float:
-        """Kernels with one direction for each pass in place of the outputs of a sample."""
+        """Kernels with one direction for each pass instead of the outputs of a sample."""
         outputs = problem.O * operations.ends(metric)
         return operations.by_layers(problem, metric, min(passes, outputs), shorter=True)
 

@@ -104,7 +104,11 @@ class Calling(nn.Module):
         try:
             np.broadcast_to(0, (1, *outputs.shape[1:]))[index]  # on a GPU a list out of range is a fatal error
         except IndexError as error:
-            raise BadInput(f"output={self.output!r} is out of range for outputs {tuple(outputs.shape)}") from error
+            allowed = ", ".join(f"{-size} to {size - 1}" for size in outputs.shape[1:]) or "none"
+            raise BadInput(
+                f"output={self.output!r} is out of range for outputs {tuple(outputs.shape)}; the first axis, samples, "
+                f"is not indexed: allowed are {allowed}"
+            ) from error
         return outputs[index]
 
 

@@ -31,7 +31,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from ntkbench.errors import BadInput, one_line
 from ntkbench.problem import Problem, Weights
 from ntkbench.problems.base.adapter import Calling, Structure, own_name
-from ntkbench.problems.base.module import generators_restored, same_samples, unusual, unwrapped
+from ntkbench.problems.base.module import SECOND, generators_restored, same_samples, unusual, unwrapped
 from ntkbench.problems.base.sequences import same_inputs
 
 NO_BATCH = "the DataLoader gives no batch"
@@ -114,14 +114,14 @@ def with_more(module: nn.Module, x1: Tensor, inputs: Any) -> tuple[nn.Module, Te
         return module, x1, same_inputs(module, x1, inputs)
     if module.structure is None:
         return module, x1, same_samples(x1, inputs)
-    names, leaves, spec = _flattened(_arranged(inputs, module.structure.spec), "x2")
+    names, leaves, spec = _flattened(_arranged(inputs, module.structure.spec), SECOND)
     if spec != module.structure.spec:
-        raise BadInput(f"x2 must have the structure of the inputs of the rows: {module.given}; got {', '.join(names)}")
+        raise BadInput(f"{SECOND} must have the structure of the first: {module.given}; got {', '.join(names)}")
     _check_rows({name: leaf for name, leaf in zip(names, leaves, strict=True) if _has_rows(leaf)})
     both = []
     for name, one, other in zip(names, module.leaves, leaves, strict=True):
         if difference := _difference(one, other):
-            raise BadInput(f"{name} must be like that of the rows: {difference}")
+            raise BadInput(f"{name} must be like that of the first: {difference}")
         both.append(torch.cat([one, other.detach().to(one)]) if _has_rows(one) else one)
     made = Calling(module.model, module.call, module.output, both, module.structure, module.given)
     own, total = (len(next(leaf for leaf in each if _has_rows(leaf))) for each in (module.leaves, both))
@@ -386,7 +386,7 @@ def _matching(problem: Problem, patterns: str | Sequence[str]) -> set[str]:
     for pattern in each:
         keys_of = {key for name, key in names.items() if _matches(name, pattern)}
         if not keys_of:
-            raise BadInput(f"parameters={pattern!r} matches no parameter; {_nearest(pattern, list(names))}")
+            raise BadInput(f"parameters={pattern!r} matches no parameter{_nearest(pattern, list(names))}")
         if keys_of.isdisjoint(problem.theta_0):
             remedy = "set requires_grad=True" if problem.module is not None else "allowed are arrays of real numbers"
             raise BadInput(f"parameters={pattern!r} matches only frozen parameters: {remedy}")
@@ -398,7 +398,15 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
 
 
+LISTED = 8
+"""Number of names that a message lists."""
+
+
 def _nearest(pattern: str, names: list[str]) -> str:
-    parts = dict.fromkeys([*names, *(part for name in names for part in name.split("."))])
-    close = difflib.get_close_matches(pattern.strip("*."), parts, n=3)
-    return f"the nearest names are {', '.join(close or names[:3])}"
+    """The end of a refusal: the closest of the patterns that match something, and what the parameters are called."""
+    modules = [name.rsplit(".", i)[0] for name in names for i in range(1, name.count(".") + 1)]
+    able = dict.fromkeys([*names, *modules, *(f"*.{name.rsplit('.', 1)[1]}" for name in names if "." in name)])
+    by_core = {each.removeprefix("*."): each for each in reversed(able)}
+    close = [by_core[each] for each in difflib.get_close_matches(pattern.strip("*."), by_core, n=1)]
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"{hint}; names are {', '.join([*names[:LISTED], *['...'] * (len(names) > LISTED)])}"

@@ -47,7 +47,7 @@ def shared(copy: nn.Module, original: nn.Module) -> str:
     """Where a copy refers to a layer of the original, worded for a message; empty if nowhere.
 
     Copies share functions, methods with their global variables, and weak references. Such a function or reference would
-    use the layer of the original in place of that of the copy.
+    use the layer of the original instead of that of the copy.
     """
     layers, known = {id(layer) for layer in original.modules()}, set()
     for path, layer in copy.named_modules():

@@ -20,7 +20,7 @@ from ntkbench.errors import BadInput, OverMemory, summary, unknown
 from ntkbench.operators.certificate import PLAIN, random_weights, ratio, tolerance
 from ntkbench.options import DTYPES
 from ntkbench.problem import Problem
-from ntkbench.problems.base.module import ALONE, INTERACTION, NUDGE, TOGETHER, _spread
+from ntkbench.problems.base.module import ALONE, INTERACTION, NUDGE, SECOND, TOGETHER, _spread
 
 Arrays = dict[str, np.ndarray]
 
@@ -47,6 +47,8 @@ def from_function(
     its targets are ``Target("jax", ...)``.
 
     Whether samples interact is measured as in :func:`ntkbench.problems.base.module.from_module`.
+
+    Use it to call methods and operators yourself; :class:`ntkbench.Kernel` calls it for you.
 
     Cost: three forward passes and one backward pass; two passes over 64 samples, and two over 8 of them alone; in
     float32, two more over 64 samples; a trace of a forward and a backward pass, and the compilation of a forward pass
@@ -125,15 +127,15 @@ def with_columns(problem: Problem, x2: Any) -> tuple[Problem, np.ndarray]:
     """
     forward = problem.jax_forward
     assert isinstance(forward, FlatFunction)
-    own, (given, leaves) = forward.inputs, _inputs(x2, "x2")
+    own, (given, leaves) = forward.inputs, _inputs(x2, SECOND)
     if given.structure != own.structure:
-        raise BadInput(f"x2 must be a pytree like x, {own.structure}; got {given.structure}")
+        raise BadInput(f"{SECOND} must be a pytree like the first, {own.structure}; got {given.structure}")
     for name, shape, dtype, leaf in zip(own.names, own.shapes, own.dtypes, leaves.values(), strict=True):
         like = np.empty(0, dtype or "float64")
         if leaf.shape[1:] != shape or _sort(leaf) != _sort(like):
+            wanted = f"{name!r} [N, {', '.join(map(str, shape))}] of {_sort(like)}"
             raise BadInput(
-                f"x2 must hold samples like those of x, {name!r} [N, {', '.join(map(str, shape))}] of {_sort(like)}; "
-                f"got shape {leaf.shape} of {leaf.dtype}"
+                f"{SECOND} must hold samples like the first, {wanted}; got shape {leaf.shape} of {leaf.dtype}"
             )
     return problem, own.packed(leaves, problem.theta_0[next(iter(problem.theta_0))].dtype.name)
 

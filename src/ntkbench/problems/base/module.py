@@ -84,6 +84,9 @@ def from_module(
     layers before it. Train-mode BatchNorm counts as interacting, and so does a network that does not accept a single
     sample.
 
+    Use it to call methods and operators yourself; the functions of :mod:`ntkbench.api` and :class:`ntkbench.Kernel`
+    call it for you.
+
     Cost: four forward and two backward passes over 64 samples, two backward passes over 8 samples alone, and a forward
     pass over all samples, 64 at a time. If samples interact, or the network accepts no other number of them, forward
     passes are over all samples at once. For ``model_f`` see :func:`at`. A network that draws random numbers in eval
@@ -111,7 +114,7 @@ def from_module(
 
     Raises:
         BadInput: the model has no trainable parameters, is random or keeps a state from call to call; one of its hooks
-            uses the model in place of its arguments; rounding to a coarser ``dtype`` changes its gradients by more than
+            uses the model instead of its arguments; rounding to a coarser ``dtype`` changes its gradients by more than
             rounding errors; its outputs are not N rows of finite real numbers that depend on its parameters; or
             ``model_f`` differs from it in more than values.
     """
@@ -281,16 +284,20 @@ def _are_one_network(problem: Problem, other: Problem) -> bool:
     return problem.module is other.module and problem.x is other.x
 
 
+SECOND = "the second inputs"
+"""How messages name inputs that are compared with those of a kernel; functions name the argument differently."""
+
+
 def same_samples(x1: Tensor, x2: Tensor) -> Tensor:
     """``x2``, if it holds samples of the same kind as ``x1``.
 
     Raises:
         BadInput: it does not; says how it differs.
     """
-    _check_inputs(x2, "x2")
+    _check_inputs(x2, SECOND)
     if x2.shape[1:] != x1.shape[1:] or x2.is_floating_point() != x1.is_floating_point():
         raise BadInput(
-            f"x2 must hold samples like those of x1, [N, {', '.join(map(str, x1.shape[1:]))}] of {x1.dtype}; "
+            f"{SECOND} must hold samples like the first, [N, {', '.join(map(str, x1.shape[1:]))}] of {x1.dtype}; "
             f"got shape {tuple(x2.shape)} of {x2.dtype}"
         )
     return x2
@@ -392,7 +399,7 @@ class _Uses(TorchFunctionMode):
 
 def _check_inputs(x: Tensor, name: str = "x") -> None:
     if isinstance(x, np.ndarray):
-        raise BadInput(f"{name} must be a torch tensor of inputs [N, ...], got ndarray: use torch.from_numpy({name})")
+        raise BadInput(f"{name} must be a torch tensor of inputs [N, ...], got ndarray: use torch.from_numpy")
     if not isinstance(x, Tensor):
         raise BadInput(f"{name} must be a torch tensor of inputs [N, ...], got {type(x).__name__}: {WRAP}")
     if wrong := unusual(x):
@@ -446,7 +453,7 @@ def _snapshot(model: nn.Module, role: str) -> nn.Module:
 
     Raises:
         BadInput: the model is not an ordinary one, cannot be copied, or has train-mode Dropout; or a function in it
-            uses the model in place of its copy.
+            uses the model instead of its copy.
     """
     if not isinstance(model, nn.Module):
         raise BadInput(f"{role} must be a torch.nn.Module, got {type(model).__name__}")

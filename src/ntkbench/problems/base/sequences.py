@@ -86,6 +86,8 @@ def from_recurrent(
     checked on ``x``. Any other module from ``[N, T, ...]`` to ``[N, T, ...]`` works as well, and is differentiated by
     its backend.
 
+    Use it to call methods and operators yourself on a network whose outputs are the states or readouts at all steps.
+
     Cost: five forward passes and one backward pass more than ``from_module``.
 
     >>> import torch, ntkbench

@@ -68,7 +68,7 @@ class Source(ABC):
 
     @abstractmethod
     def check_end(self, other: Any) -> None:
-        """Refuse an object that cannot be the other end of an alignment, whatever its values.
+        """Refuse an object that cannot be the second network of an alignment, whatever its values.
 
         Raises:
             BadInput: says what is allowed.
@@ -202,8 +202,8 @@ class TorchSource(Source):
 
         if not isinstance(other, nn.Module | Mapping):
             raise BadInput(
-                "the other end of an alignment must be a Kernel, a torch.nn.Module, values of its parameters by name "
-                f"or a target tensor, got {type(other).__name__}"
+                "the second network of an alignment must be a torch.nn.Module, a Kernel, values of its parameters by "
+                f"name, or a target array; got {type(other).__name__}"
             )
 
     def of(self, model: Any) -> Problem | None:
@@ -268,8 +268,8 @@ class JaxSource(Source):
     def check_end(self, other: Any) -> None:
         if other is None or callable(other):
             raise BadInput(
-                "the other end of an alignment must be a Kernel, a pytree of the function's parameters or a target "
-                f"array, got {type(other).__name__}; for another function use ntkbench.Kernel(f, x, params=...)"
+                "the second network of an alignment must be a pytree of the function's parameters, a Kernel, or a "
+                f"target array; got {type(other).__name__}; for another function use ntkbench.Kernel(f, x, params=...)"
             )
 
     def at(self, problem: Problem, weights: Any) -> Problem:
@@ -315,5 +315,5 @@ def _device(model: nn.Module, device: str | torch.device | None) -> tuple[str, i
     import torch
 
     if int(match[2]) >= torch.cuda.device_count():
-        raise Unavailable(f"device {name!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+        raise Unavailable(f"device={name!r} was requested, but torch sees {torch.cuda.device_count()} CUDA devices")
     return "cuda", int(match[2])
