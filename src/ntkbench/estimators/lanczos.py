@@ -223,7 +223,7 @@ class Eigenvalues:
 
     Attributes:
         values: in descending order, ``[top]``.
-        errors: each value is within this distance of the eigenvalue with the same index, ``[top]``. By products this
+        errors: each value is within this distance of the eigenvalue with the same index, ``[top]``. From products, this
             fails for each index with a probability of at most :data:`MISSED`, unless a note says that larger
             eigenvalues may be missing; some eigenvalue is always that near.
         passes: passes spent.
