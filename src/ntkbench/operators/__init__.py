@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +11,7 @@ from ntkbench import errors
 from ntkbench.errors import OverMemory
 from ntkbench.operators.arrays import Array
 from ntkbench.operators.base import ChunkBytes, JacobianOperator, Rng
-from ntkbench.operators.certificate import Reference, Uncertified
+from ntkbench.operators.certificate import PlainGradient, Reference, Uncertified
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -63,19 +63,20 @@ def linearise(
     return j
 
 
-def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[..., Array]:
+def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> PlainGradient:
     """The function from v ``[n]`` to J^T v ``[P]`` that certificates compare with: autograd of the unmodified network.
 
     It is torch's ``backward`` of the module, for every backend, or ``jax.vjp`` if there is no module: over
     the whole batch, without vmap, jit or a trace. The function takes the memory of a pass as a second argument: a batch
-    that takes more is then split in torch, if samples do not interact.
+    that takes more is then split in torch, and refused if samples of different parts interact; see
+    :meth:`ntkbench.operators.plain.PlainNetwork.gradient`.
 
     Args:
         problem, weights, target: as for :func:`linearise`.
         names: names of the parameters, in the order of their entries.
     """
     backend = _backend("jax" if problem.module is None else "torch")
-    found: Callable[..., Array] = backend.plain_gradient(problem, weights, target, names)
+    found: PlainGradient = backend.plain_gradient(problem, weights, target, names)
     return found
 
 
@@ -100,7 +101,7 @@ def interact(problem: Problem, target: Target) -> bool:
 def is_split(problem: Problem, target: Target) -> bool:
     """Whether certificates compare with plain passes over parts of the batch, as all of it takes too much memory.
 
-    Interaction between the parts is then not seen.
+    Interaction between the parts is then seen by the outputs alone, if at all.
     """
     return problem.module is not None and bool(_backend("torch").is_split(problem, target))
 

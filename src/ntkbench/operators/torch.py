@@ -56,15 +56,24 @@ def _conversion(problem: Problem, target: Target) -> torch.dtype | None:
     return None if to is None else getattr(torch, to)
 
 
-def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[..., Tensor]:
+def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> PlainGradient:
     """v ``[n]``, an array of any library, -> J^T v ``[P]`` by plain autograd, parameters in the order of ``names``."""
-    plain, x = _plain(problem, weights, target, names)
+    return PlainGradient(*_plain(problem, weights, target, names))
 
-    def gradient(v: Any, memory: int | None = None) -> Tensor:
-        v = v if isinstance(v, Tensor) else torch.from_numpy(np.array(v)).to(x.device)
-        return flat(plain.gradient(x, v, memory))
 
-    return gradient
+class PlainGradient:
+    """See :class:`ntkbench.operators.certificate.PlainGradient`."""
+
+    def __init__(self, plain: PlainNetwork, x: Tensor) -> None:
+        self._plain, self._x = plain, x
+
+    @property
+    def note(self) -> str:
+        return self._plain.note
+
+    def __call__(self, v: Any, memory: int | None = None) -> Tensor:
+        v = v if isinstance(v, Tensor) else torch.from_numpy(np.array(v)).to(self._x.device)
+        return flat(self._plain.gradient(self._x, v, memory))
 
 
 def _plain(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> tuple[PlainNetwork, Tensor]:
@@ -241,7 +250,7 @@ class TorchJacobian(JacobianOperator):
         return WAYS[kind][len(self._passed_over.get(kind, ()))]
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def _remarks(self) -> tuple[str, ...]:
         return tuple(
             f"each {SAID[kind]} is computed by {self._way(kind)}: {'; '.join(dict.fromkeys(reasons))}"
             for kind, reasons in self._passed_over.items()

@@ -17,10 +17,10 @@ import numpy as np
 from ntkbench import errors
 from ntkbench.ambient import own_jax_settings
 from ntkbench.errors import BadInput, OverMemory, summary, unknown
-from ntkbench.operators.certificate import PLAIN, random_weights, ratio, tolerance
+from ntkbench.operators.certificate import PLAIN, perturbed, random_weights, ratio, tolerance
 from ntkbench.options import DTYPES
 from ntkbench.problem import Problem
-from ntkbench.problems.base.module import ALONE, INTERACTION, NUDGE, TOGETHER, _spread
+from ntkbench.problems.base.module import ALONE, INTERACTION, TOGETHER, _spread
 
 Arrays = dict[str, np.ndarray]
 
@@ -642,7 +642,7 @@ def _close(a: Any, b: Any, within: float, axis: int | None = None) -> bool:
 def _check_depends(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray) -> None:
     """Refuse a function whose gradient is zero both at the given parameters and at perturbed ones."""
     rng = np.random.default_rng(0)
-    for at in (theta, {key: _perturbed(w, rng) for key, w in theta.items()}):
+    for at in (theta, {key: perturbed(w, rng) for key, w in theta.items()}):
         try:
             found = _plain_gradient(forward, at, fixed, x)
         except Exception as error:  # an operation may have no derivative at these values
@@ -752,7 +752,7 @@ def _gradients_differ(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np
     v = np.zeros((len(x), outputs), dtype)
     v[chosen] = random_weights(v[chosen].size, v).reshape(v[chosen].shape)
     within = max(INTERACTION, tolerance(float(np.finfo(dtype).eps)))
-    for at in (theta, {key: _perturbed(w, rng) for key, w in theta.items()}):
+    for at in (theta, {key: perturbed(w, rng) for key, w in theta.items()}):
         together = np.asarray(gradient(at, x, v))
         if at is not theta and not np.isfinite(together).all():
             break  # the function is not defined at such weights
@@ -763,10 +763,3 @@ def _gradients_differ(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np
         if not np.linalg.norm(together - alone) <= within * np.linalg.norm(together):
             return True
     return False
-
-
-def _perturbed(w: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A parameter plus noise, relative to its root mean square; if that is zero, to the usual scale for its fan-in."""
-    size = float(np.sqrt(np.mean(w * w))) if w.size else 0.0
-    size = size or max(1, w.size // w.shape[-1] if w.ndim and w.size else 1) ** -0.5
-    return w + np.asarray(NUDGE * size * rng.standard_normal(w.shape), w.dtype)

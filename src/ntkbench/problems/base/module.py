@@ -28,7 +28,7 @@ from ntkbench.layerwise.layers import of_last_module
 from ntkbench.modules import cast, copied, frozen, load
 from ntkbench.operators import certificate
 from ntkbench.operators.arrays import epsilon, to_numpy
-from ntkbench.operators.plain import PlainNetwork, flat, leaves
+from ntkbench.operators.plain import PlainNetwork, flat, leaves, nudged
 from ntkbench.options import DTYPES
 from ntkbench.problem import PROBED, Problem
 from ntkbench.problems.base import captured
@@ -39,9 +39,6 @@ TOGETHER, ALONE = 64, 8
 
 INTERACTION = 1e-6
 """Relative difference of gradients above which samples interact; larger than the error of float32 inside a network."""
-
-NUDGE = 0.1
-"""Noise of perturbed weights, relative to each parameter's root mean square."""
 
 CALLS = 8
 """Calls that must agree for a network in eval mode that draws random numbers."""
@@ -890,7 +887,7 @@ def _gradients_differ(net: nn.Module, x: Tensor) -> bool:
     """Whether gradients in the batch and alone differ; changes the network."""
     theta = _trainable(net)
     plain = PlainNetwork(net, theta, owned=True)
-    rng = np.random.default_rng(0)
+    generator = torch.Generator(x.device).manual_seed(0)
     outputs = net(x)
     chosen = _spread(len(x), ALONE)
     v = torch.zeros_like(outputs)
@@ -899,7 +896,7 @@ def _gradients_differ(net: nn.Module, x: Tensor) -> bool:
     tolerance = max(INTERACTION, eps**0.5)
     for perturbed in (False, True):
         if perturbed:
-            plain.load(_perturbed(w, rng) for w in theta.values())
+            plain.load(nudged(w, generator) for w in theta.values())
         try:
             together = flat(plain.gradient(x, v))
         except Exception:
@@ -915,12 +912,6 @@ def _gradients_differ(net: nn.Module, x: Tensor) -> bool:
         if not (together - alone).norm() <= tolerance * together.norm():
             return True
     return False
-
-
-def _perturbed(w: Tensor, rng: np.random.Generator) -> Tensor:
-    """A parameter plus noise, relative to its root mean square; if that is zero, to the usual scale for its fan-in."""
-    size = float(w.square().mean().sqrt()) or max(1, w[0].numel() if w.ndim else 1) ** -0.5
-    return w + NUDGE * size * torch.from_numpy(rng.standard_normal(tuple(w.shape))).to(w)
 
 
 def _spread(N: int, most: int) -> list[int]:
