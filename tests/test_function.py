@@ -1124,3 +1124,14 @@ def test_kernels_in_parts_show_samples_that_interact(monkeypatch, tmp_path):
     part = jax_kernel.in_parts(jax_kernel.structured_derivatives, kernel.problem, None, None, False, kernel._target)
     with pytest.raises(Uncertified, match="samples interact"):
         part(slice(0, 10), slice(0, 10))
+
+
+def test_gradients_that_are_not_finite_are_no_interaction():
+    """The square root has no gradient at zero."""
+    params, x = {"a": rng().normal(size=(4, 3))}, rows(4)(5)
+    kernel = ntkbench.Kernel(lambda p, x: jnp.sqrt((x @ p["a"] * (x @ p["a"] > 0)) ** 2), x, params=params)
+    assert not kernel.problem.samples_interact
+    with pytest.raises(BadInput, match="not finite"):
+        kernel.trace()
+    with pytest.raises(BadInput, match="nan or infinite"):
+        kernel.regress(x, np.ones((5, 3)), ridge=0.1)

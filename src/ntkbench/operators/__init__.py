@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 from ntkbench import errors
-from ntkbench.errors import OverMemory
+from ntkbench.errors import NotFinite, OverMemory
+from ntkbench.operators import certificate
 from ntkbench.operators.arrays import Array
 from ntkbench.operators.base import ChunkBytes, JacobianOperator, Rng
 from ntkbench.operators.certificate import PlainGradient, Reference, Uncertified
@@ -87,13 +89,19 @@ def interact(problem: Problem, target: Target) -> bool:
 
     Cost: the operations of two plain passes over all samples, whatever the target's memory; one of them takes the
     samples one by one. In JAX, two passes of per-sample gradients, and a plain one.
+
+    Raises:
+        NotFinite: gradients are nan or infinite.
     """
     if problem.module is not None:
         return bool(_backend("torch").interact(problem, target))
     j = linearise(problem, "theta_0", target)
     try:
         j.sample_vjp(slice(0, 1), j.basis(0, 1)[:, : j.O].reshape(1, 1, j.O))
-    except Uncertified:
+    except Uncertified as error:
+        assert j.reference is not None
+        if not math.isfinite(certificate.norm(j.reference.cotangent(j.basis(0, 1), j.n, target.memory)[1])):
+            raise NotFinite("gradients are nan or infinite") from error
         return True
     return False
 

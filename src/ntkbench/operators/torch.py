@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
-from ntkbench.errors import BadInput, NoSecondPass, Unavailable
+from ntkbench.errors import BadInput, NoSecondPass, NotFinite, Unavailable
 from ntkbench.modules import cast, copied, frozen, load, with_values
 from ntkbench.operators import arrays, certificate
 from ntkbench.operators.base import JacobianOperator, Rng
@@ -85,10 +85,16 @@ def _plain(problem: Problem, weights: str, target: Target, names: Sequence[str])
 
 
 def interact(problem: Problem, target: Target) -> bool:
-    """Whether the gradients of samples alone do not add up to that over the whole batch."""
+    """Whether the gradients of samples alone do not add up to that over the whole batch.
+
+    Raises:
+        NotFinite: the latter is not finite, which shows nothing.
+    """
     plain, x = _plain(problem, "theta_0", target, list(problem.theta_0))
     v = certificate.random_weights(problem.n, x.new_empty(0, dtype=getattr(torch, target.dtype)))
     whole = flat(plain.gradient(x, v))
+    if not whole.isfinite().all():
+        raise NotFinite("gradients are nan or infinite")
     try:
         alone = flat(plain.gradient(x, v, samples=1))
     except NoSecondPass:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ntkbench import errors
 from ntkbench.ambient import own_jax_settings
-from ntkbench.errors import BadInput, OverMemory, summary, unknown
+from ntkbench.errors import BadInput, NotFinite, OverMemory, summary, unknown
 from ntkbench.operators.certificate import PLAIN, perturbed, random_weights, ratio, tolerance
 from ntkbench.options import DTYPES
 from ntkbench.problem import Problem
@@ -722,7 +722,7 @@ def _check_same_in(own: str, dtype: str, forward: FlatFunction, theta: Arrays, f
 
 
 def _interact(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Whether some sample's gradients in the batch differ from those of the sample alone.
+    """Whether some sample's gradients in the batch differ from those of the sample alone, if these are finite.
 
     Raises:
         BadInput: the function cannot be differentiated.
@@ -731,6 +731,7 @@ def _interact(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray
         return False
     few, own = x[_spread(len(x), TOGETHER)], next(iter(theta.values())).dtype.name
     failed: Exception | None = None
+    finite = True
     for inputs, dtype in ((few, "float64"), (few, own), (x, "float64"), (x, own)):
         try:
             if not _difference(own, dtype, forward, theta, fixed, inputs) <= ROUNDING:
@@ -739,7 +740,9 @@ def _interact(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray
                 arrays = _cast(theta, dtype), _cast(fixed, dtype), _cast({"x": inputs}, dtype)["x"]
                 return _gradients_differ(forward, *arrays, int(np.prod(shape[1:])))
         except Exception as error:  # f may accept no other number of samples, or no other precision
-            failed = error
+            failed, finite = error, finite and not isinstance(error, NotFinite)
+    if not finite:
+        return False
     assert failed is not None  # the last precision is that of the function itself
     raise BadInput(f"f cannot be differentiated: {summary(failed)}") from failed
 
@@ -754,8 +757,10 @@ def _gradients_differ(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np
     within = max(INTERACTION, tolerance(float(np.finfo(dtype).eps)))
     for at in (theta, {key: perturbed(w, rng) for key, w in theta.items()}):
         together = np.asarray(gradient(at, x, v))
-        if at is not theta and not np.isfinite(together).all():
-            break  # the function is not defined at such weights
+        if not np.isfinite(together).all():
+            if at is not theta:
+                break  # the function is not defined at such weights
+            raise NotFinite("gradients are nan or infinite")
         try:
             alone = sum(np.asarray(gradient(at, x[i : i + 1], v[i : i + 1])) for i in chosen)
         except Exception:  # f does not accept a single sample

@@ -250,8 +250,9 @@ def _gradient(
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether two gradients are equal up to rounding, as certificates allow it."""
-    return certificate.distance(found, expected) <= certificate.tolerance(epsilon(expected))
+    """Whether two gradients are equal up to rounding, as certificates allow it, where either is finite."""
+    known = found.isfinite() | expected.isfinite()
+    return certificate.distance(found[known], expected[known]) <= certificate.tolerance(epsilon(expected))
 
 
 def paired(problem: Problem, other: Problem) -> Problem:
@@ -560,6 +561,8 @@ def _in_precision(
                 expected = _gradient(given, _trainable(given), inputs, outputs, role, together=False).to(real)
         except Exception:  # it does not take inputs of this precision, or a later check reports what is wrong
             continue
+        if not expected.isfinite().all():  # shows nothing
+            continue
         try:
             off = certificate.distance(
                 _gradient(made, _trainable(made), converted, outputs, role, together=False), expected
@@ -863,7 +866,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _interact(net: nn.Module, x: Tensor, *, mixed: bool) -> bool:
     """Whether some sample's gradients in the batch differ from those of the sample alone.
 
-    A network of mixed precisions is not tested in float64.
+    A network of mixed precisions is not tested in float64. Gradients that are not finite show nothing: in float64 they
+    may be so only there, and certificates refuse others.
 
     Raises:
         BadInput: the network cannot be differentiated.
@@ -871,7 +875,8 @@ def _interact(net: nn.Module, x: Tensor, *, mixed: bool) -> bool:
     if len(x) == 1:
         return False
     few = x[_spread(len(x), TOGETHER)]
-    trials = ((few, None), (x, None)) if mixed else ((few, torch.float64), (x, torch.float64), (x, None))
+    trials = itertools.product((few, x) if len(few) < len(x) else (x,), (None,) if mixed else (torch.float64, None))
+    finite = True
     for inputs, dtype in trials:
         wide = dtype if dtype is not None else next(iter(_trainable(net).values())).dtype
         try:
@@ -879,12 +884,18 @@ def _interact(net: nn.Module, x: Tensor, *, mixed: bool) -> bool:
                 at = inputs.to(dtype) if dtype is not None and inputs.is_floating_point() else inputs
                 return _gradients_differ(cast(copied(net), dtype), at)
         except Exception as error:  # it may accept no other number of samples, or no other precision
-            failed = error
+            failed, finite = error, finite and not isinstance(error, NotFinite)
+    if not finite:
+        return False
     raise BadInput(f"the model cannot be differentiated: {summary(failed)}")
 
 
 def _gradients_differ(net: nn.Module, x: Tensor) -> bool:
-    """Whether gradients in the batch and alone differ; changes the network."""
+    """Whether gradients in the batch and alone differ; changes the network.
+
+    Raises:
+        NotFinite: those in the batch are not finite.
+    """
     theta = _trainable(net)
     plain = PlainNetwork(net, theta, owned=True)
     generator = torch.Generator(x.device).manual_seed(0)
@@ -903,8 +914,10 @@ def _gradients_differ(net: nn.Module, x: Tensor) -> bool:
             if perturbed:
                 break  # the network is not defined at such weights
             raise
-        if perturbed and not together.isfinite().all():
-            break
+        if not together.isfinite().all():
+            if perturbed:
+                break
+            raise NotFinite("gradients are nan or infinite")
         try:
             alone = sum(flat(plain.gradient(x[i : i + 1], v[i : i + 1])) for i in chosen)
         except Exception:  # it does not accept a single sample, like train-mode BatchNorm
