@@ -8,6 +8,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from conftest import mostly_slow
 from torch import nn
 
 import ntkbench
@@ -17,6 +18,7 @@ from ntkbench.operators import linearise
 from ntkbench.operators.certificate import Uncertified, distance, distance_of_parts, ratio
 from ntkbench.operators.plain import PlainNetwork, flat
 from ntkbench.options import Target
+from ntkbench.problems.base import module
 from ntkbench.problems.base.module import from_module
 
 FLOAT64 = Target("torch", "float64", "cpu")
@@ -416,3 +418,145 @@ def test_gradients_that_are_zero_up_to_rounding_are_refused(dtype):
         with pytest.raises(ntkbench.BadInput, match="zero up to rounding"):
             use(model, x, parameters="0.bias", dtype=dtype)
     assert ntkbench.trace(model, x, parameters=["0.bias", "4.bias"], dtype=dtype).value == pytest.approx(10)
+
+
+# Batches that are split
+
+
+@pytest.fixture
+def few_together(monkeypatch):
+    """The test of a problem sees no more than eight samples at a time."""
+    monkeypatch.setattr(module, "TOGETHER", 8)
+
+
+def crowded(self, x):
+    """An expert takes at most 16 samples of a batch."""
+    taken = (torch.arange(len(x)) < 16).to(x)[:, None]
+    return self.b(self.deep(self.a(x)).mean(1) * taken)
+
+
+def routed(self, x):
+    """Four experts, of which each takes at most 6 samples; at other weights they may have room."""
+    weight, chosen = self.a(x).mean(1)[:, :4].softmax(-1).max(-1)
+    y = self.b(torch.zeros(len(x), 8).to(x))
+    for expert in range(4):
+        wanted = chosen == expert
+        kept = wanted & (wanted.cumsum(0) <= 6)
+        y = y + torch.where(kept, weight, 0.0)[:, None] * self.b(self.deep(self.a(x) + expert).mean(1))
+    return y
+
+
+def behind_zero(self, x):
+    """With a readout of zero no output depends on the batch, but gradients of the readout do."""
+    return crowded(self, x)
+
+
+def beside_offset(self, x):
+    return 1e8 + 1e-3 * crowded(self, x)
+
+
+def independent(self, x):
+    return self.b(self.deep(self.a(x)).mean(1))
+
+
+class Batched(nn.Module):
+    def __init__(self, forward, outputs=2):
+        super().__init__()
+        self.a, self.b, self._of = nn.Linear(5, 8), nn.Linear(8, outputs), forward
+        self.deep = nn.Sequential(*(part for _ in range(4) for part in (nn.Tanh(), nn.Linear(8, 8))), nn.Tanh())
+
+    def forward(self, x):
+        return self._of(self, x)
+
+
+SPLIT = {each.__name__: each for each in (crowded, routed, behind_zero, beside_offset)}
+TOO_LITTLE, LITTLE = 30_000, 60_000
+"""Bytes: of which the whole batch takes more without a graph; of which it takes less, but more with a graph."""
+
+
+def batched(forward, outputs=2):
+    torch.manual_seed(0)
+    model, x = Batched(forward, outputs).double(), torch.randn(20, 10, 5, dtype=torch.float64)
+    if forward is behind_zero:
+        nn.init.zeros_(model.b.weight)
+    return model, x + x[:, :1]
+
+
+@pytest.mark.parametrize("kind", mostly_slow(list(SPLIT), 1))
+@pytest.mark.parametrize("memory", [None, LITTLE, TOO_LITTLE])
+def test_no_method_for_independent_samples_is_certified_part_by_part(kind, memory, few_together):
+    """It refuses; or its value says that it was compared with parts, as the whole batch does not fit in memory."""
+    model, x = batched(SPLIT[kind])
+    kernel = ntkbench.Kernel(model, x, memory=memory)
+    J = explicit(model, x)
+    exact = {"trace": float(J.square().sum()), "norm": float((J @ J.T).norm())}
+    refused = 0
+    for name in ("auto", *methods.names()):
+        method = methods.get(name if name != "auto" else "structured_derivatives")
+        if not method.needs_independent_samples or "torch" not in method.backends or method.needs_recurrence:
+            continue
+        if not (metric := next((each for each in exact if each in method.metrics), None)):
+            continue
+        try:
+            found = getattr(kernel, metric)(method=name, passes=40 if method.takes_passes else None)
+        except ntkbench.NtkbenchError as error:
+            assert name != "auto"
+            refused += "samples interact" in str(error) or "differs from that of plain autograd" in str(error)
+            continue
+        if memory != TOO_LITTLE or not any("interactions of more than" in note for note in found.notes):
+            assert found.kernel != "Theta" or found.covers(exact[metric], "float64"), (name, found)
+    assert refused > 10 or memory == TOO_LITTLE
+
+
+def test_kernels_are_not_certified_part_by_part(tmp_path, caplog, few_together):
+    model, x = batched(crowded)
+    J, kernel = explicit(model, x), ntkbench.Kernel(model, x, memory=LITTLE)
+    for file in (None, tmp_path / "theta.npy"):
+        torch.testing.assert_close(torch.from_numpy(np.array(kernel.ntk(file=file))), J @ J.T)
+    with pytest.raises(ntkbench.BadInput, match="samples interact"):
+        ntkbench.Kernel(model, x[:15], memory=LITTLE).ntk(x)
+    with pytest.raises(Uncertified, match="samples interact"):
+        kernel.factors()
+    assert "in parts of" not in caplog.text
+    kernel = ntkbench.Kernel(model, x, memory=TOO_LITTLE)
+    kernel.ntk(kernel="trace")
+    assert "the kernel was compared with plain autograd in parts of " in caplog.text
+    found = kernel.factors(probes=4)
+    for each in (found.K["trace"], found.P["trace"]):
+        assert "interactions of more than" in " ".join(each.notes)
+
+
+def test_interaction_at_later_weights_is_seen(few_together):
+    """Experts have room at first, and one is crowded later, as while a network trains."""
+    model, x = batched(routed)
+    x = x[:16] + 3 * torch.eye(5, dtype=torch.float64)[torch.arange(16) % 4][:, None]
+    with torch.no_grad():
+        model.a.weight[:4].copy_(torch.eye(4, 5)), model.a.bias.zero_()
+    kernel, method = ntkbench.Kernel(model, x, memory=LITTLE), {"method": "structured_derivatives"}
+    assert kernel.trace(**method).value == pytest.approx(float(explicit(model, x).square().sum()))
+    with torch.no_grad():
+        model.a.bias[0] = 100.0
+    later = kernel.at(model)
+    for estimate in (lambda: later.trace(**method), lambda: kernel.alignment(later, **method)):
+        with pytest.raises(Uncertified, match=r"samples interact"):
+            estimate()
+    assert later.trace().value == pytest.approx(float(explicit(model, x).square().sum()))
+
+
+def test_wide_heads_are_not_certified_part_by_part(few_together):
+    model, x = batched(crowded, 40)
+    for name in ("wide_head", "wide_head_u_statistics"):
+        with pytest.raises(Uncertified, match=r"samples interact"):
+            ntkbench.trace(model, x, memory=LITTLE, method=name)
+        with pytest.raises(Uncertified):  # hidden vectors are those of the whole batch
+            ntkbench.trace(model, x, memory=TOO_LITTLE, method=name)
+        found = ntkbench.trace(*batched(independent, 40), memory=TOO_LITTLE, method=name)
+        assert "interactions of more than" in " ".join(found.notes)
+
+
+@pytest.mark.parametrize("memory", [LITTLE, TOO_LITTLE])
+def test_independent_samples_in_parts_are_certified(memory):
+    model, x = batched(independent)
+    found = ntkbench.trace(model, x, memory=memory, method="structured_derivatives")
+    assert found.value == pytest.approx(float(explicit(model, x).square().sum()))
+    assert ("interactions of more than" in " ".join(found.notes)) == (memory == TOO_LITTLE)

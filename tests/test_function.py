@@ -1107,3 +1107,31 @@ else:
 @pytest.mark.slow
 def test_jax_is_imported_only_for_functions_and_reported_if_missing():
     subprocess.run([sys.executable, "-c", WITHOUT_JAX], check=True)
+
+
+def test_kernels_in_parts_show_samples_that_interact(monkeypatch, tmp_path):
+    """A batch takes no more than 16 samples; parts of the kernel in a file, and checks of the function, have fewer."""
+    monkeypatch.setattr(function, "TOGETHER", 8)
+
+    def crowded(p, x):
+        return jnp.tanh(x @ p["a"]) * (jnp.arange(len(x)) < 16)[:, None] @ p["b"]
+
+    params, x = {"a": rng().normal(size=(4, 8)), "b": rng(1).normal(size=(8, 2))}, rows(4)(20)
+    J = jacobian(crowded, x, params)
+    kernel = ntkbench.Kernel(crowded, x, params=params, memory=20_000)
+    assert not kernel.problem.samples_interact
+    assert close(kernel.ntk(file=tmp_path / "theta.npy"), J @ J.T)
+    part = jax_kernel.in_parts(jax_kernel.structured_derivatives, kernel.problem, None, None, False, kernel._target)
+    with pytest.raises(Uncertified, match="samples interact"):
+        part(slice(0, 10), slice(0, 10))
+
+
+def test_gradients_that_are_not_finite_are_no_interaction():
+    """The square root has no gradient at zero."""
+    params, x = {"a": rng().normal(size=(4, 3))}, rows(4)(5)
+    kernel = ntkbench.Kernel(lambda p, x: jnp.sqrt((x @ p["a"] * (x @ p["a"] > 0)) ** 2), x, params=params)
+    assert not kernel.problem.samples_interact
+    with pytest.raises(BadInput, match="not finite"):
+        kernel.trace()
+    with pytest.raises(BadInput, match="nan or infinite"):
+        kernel.regress(x, np.ones((5, 3)), ridge=0.1)

@@ -350,7 +350,14 @@ def float32_inside(self, x):
     return self.layer((x.float() * 1.7).tanh().softmax(-1).to(x))
 
 
+def masked(self, x):
+    """The fourth sample is all padding. In float64 its scores are infinite in float32, and their softmax is nan."""
+    scores = self.layer(x).masked_fill(x[:, :1] == 0, torch.finfo(x.dtype).min)
+    return scores.softmax(-1, dtype=torch.float32).to(x.dtype) * self.layer(x)
+
+
 INDEPENDENT = {
+    "finite in its own precision alone": lambda: Lambda(masked),
     "a large offset": lambda: Lambda(lambda self, x: 1e8 + self.layer(x)),
     "float32 inside": lambda: Lambda(float32_inside),
     "float32 alone": lambda: Lambda(lambda self, x: self.layer(x.float()).softmax(-1)),
@@ -366,9 +373,39 @@ INDEPENDENT = {
 @pytest.mark.parametrize("dtype", ["float32", None])
 def test_independent_samples_are_detected_too(kind, dtype):
     model = seeded(INDEPENDENT[kind])
+    x = X
     if kind.startswith("weights"):
         nn.init.zeros_(model.layer.bias)
-    assert not ntkbench.from_module(model, X, dtype=dtype).samples_interact
+    if kind.startswith("finite"):
+        x = X.clone()
+        x[3] = 0
+    assert not ntkbench.from_module(model, x, dtype=dtype).samples_interact
+
+
+def test_gradients_that_are_not_finite_are_no_interaction(caplog):
+    model, x = seeded(lambda: Lambda(masked)), torch.randn(200, 4)
+    x[::3] = 0
+    calls = []
+    model.layer.register_forward_hook(lambda layer, given, made: calls.append(len(made)))
+    kernel = ntkbench.Kernel(model, x)
+    assert max(calls) <= 64 and not kernel.problem.samples_interact
+    found = kernel.trace()
+    assert "interact" not in " ".join(found.notes) and found.covers(exact_trace(model, x), "float32")
+    root = seeded(lambda: Lambda(lambda self, x: (self.layer(x) * (self.layer(x) > 0)).square().sqrt()))
+    kernel = ntkbench.Kernel(root, X)
+    assert not kernel.problem.samples_interact
+    with pytest.raises(ntkbench.BadInput, match="not finite"):
+        kernel.trace()
+    with pytest.raises(ntkbench.BadInput, match="not finite"):
+        kernel.at(root).trace()  # which is the same network
+    with pytest.raises(ntkbench.BadInput, match="nan or infinite"):
+        kernel.regress(X, torch.ones(len(X), 3), ridge=0.1)
+
+
+def exact_trace(model, x) -> float:
+    theta = [w for w in model.parameters() if w.requires_grad]
+    rows = (torch.autograd.grad(f, theta, retain_graph=True) for f in model(x).reshape(-1))
+    return float(sum(g.double().square().sum() for row in rows for g in row))
 
 
 def test_checks_take_few_samples_at_a_time():

@@ -19,6 +19,7 @@ from ntkbench.estimate import Estimate, Estimates, rounding_bound, rounding_note
 from ntkbench.methods import Method
 from ntkbench.methods.base import Ledger
 from ntkbench.operators.arrays import TF32, asarray_like, to_numpy
+from ntkbench.operators.certificate import IN_PARTS
 from ntkbench.operators.ranges import row_ranges
 from ntkbench.options import OptionKeywords, Options, Target
 from ntkbench.problem import Problem, hashed
@@ -364,11 +365,16 @@ class Kernel:
         problem, columns = (self.problem, None) if inputs is None else self._columns(inputs)
         with self._settings():
             rows = 1 if chosen.between_samples else problem.O
-            part, _ = self._in_parts(problem, columns, chosen, seed)
+            part, ledger = self._in_parts(problem, columns, chosen, seed)
             if file is not None:
                 drawn = seed if kernel == "random_vector" else 0
-                return self._in_file(file, problem, columns, rows, part, {"kernel": kernel, "seed": drawn})
-            return self._at_once(part, problem, rows, None if columns is None else len(columns))
+                found = self._in_file(file, problem, columns, rows, part, {"kernel": kernel, "seed": drawn})
+            else:
+                found = self._at_once(part, problem, rows, None if columns is None else len(columns))
+        for note in ledger()[1]:
+            if note.startswith(IN_PARTS):  # an array has no notes
+                logging.getLogger("ntkbench").warning("the kernel was %s", note)
+        return found
 
     def _at_once(self, part: Part, problem: Problem, rows: int, N2: int | None = None) -> Any:
         """All of a kernel with this number of rows per sample; its columns are of N2 samples, or the same as its rows.
@@ -1049,7 +1055,14 @@ def _sample_by_sample(
     part = functools.partial(
         explicit_kernel, left, right, directions, averaged=kernel.averaged, independent=independent
     )
-    return part, lambda: (left.passes + (right.passes if right else 0.0), left.notes, left.certificate)
+    both = [left, *([right] if right else [])]
+
+    def ledger() -> tuple[float, tuple[str, ...], float | None]:
+        found = [j.certificate for j in both if j.certificate is not None]
+        notes = dict.fromkeys(note for j in both for note in j.notes)
+        return sum(j.passes for j in both), tuple(notes), max(found, default=None)
+
+    return part, ledger
 
 
 def _row_by_row(problem: Problem, x2: Any, kernel: SampleKernel, target: Target, seed: int) -> tuple[Part, Ledger]:

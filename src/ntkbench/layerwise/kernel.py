@@ -126,6 +126,11 @@ class LayerwiseKernel:
         """Backward passes so far, each counted once per sample."""
         return self._programs.directions_run
 
+    @property
+    def note(self) -> str:
+        """What certificates leave open; see :class:`ntkbench.operators.plain.PlainNetwork`."""
+        return self._plain().note
+
     def last_layer(self) -> list[Layer | ExplicitGradient]:
         """The layers with parameters of the module whose parameters are used last.
 

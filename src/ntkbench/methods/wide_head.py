@@ -59,5 +59,6 @@ class WideHead(WideHeadMethod):
         largest = max(prepared.certificate(metric), found or 0.0)
         like, P = networks[0].parameters[0], max(sum(w.numel() for w in each.parameters) for each in networks)
         terms = max(len(networks[0].x) * networks[0].engine.O, P)
+        notes = tuple(dict.fromkeys((*notes, *prepared.notes(metric))))
         rounding = rounding_bound(metric, arrays.epsilon(like), terms, largest)
         return Estimate.of_moments(metric, moments, spent, self.name, notes, largest, rounding)

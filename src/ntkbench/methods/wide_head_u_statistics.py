@@ -62,9 +62,10 @@ class WideHeadUStatistics(WideHeadMethod, StructuredUStatistics):
     ) -> tuple[Accumulator, Ledger]:
         accumulator, ledger = super().begin(prepared, names, seed)
         off = prepared.short.certificate(widest(names))
+        open_ = prepared.short.notes(widest(names))
 
         def certified() -> tuple[float, tuple[str, ...], float | None]:
             spent, notes, found = ledger()
-            return spent, notes, max(off, found or 0.0)
+            return spent, tuple(dict.fromkeys((*notes, *open_))), max(off, found or 0.0)
 
         return accumulator, certified

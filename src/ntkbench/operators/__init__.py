@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 from ntkbench import errors
-from ntkbench.errors import OverMemory
+from ntkbench.errors import NotFinite, OverMemory
+from ntkbench.operators import certificate
 from ntkbench.operators.arrays import Array
 from ntkbench.operators.base import ChunkBytes, JacobianOperator, Rng
-from ntkbench.operators.certificate import Reference, Uncertified
+from ntkbench.operators.certificate import PlainGradient, Reference, Uncertified
 from ntkbench.options import Target
 from ntkbench.problem import Problem
 
@@ -63,19 +65,20 @@ def linearise(
     return j
 
 
-def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[..., Array]:
+def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> PlainGradient:
     """The function from v ``[n]`` to J^T v ``[P]`` that certificates compare with: autograd of the unmodified network.
 
     It is torch's ``backward`` of the module, for every backend, or ``jax.vjp`` if there is no module: over
     the whole batch, without vmap, jit or a trace. The function takes the memory of a pass as a second argument: a batch
-    that takes more is then split in torch, if samples do not interact.
+    that takes more is then split in torch, and refused if samples of different parts interact; see
+    :meth:`ntkbench.operators.plain.PlainNetwork.gradient`.
 
     Args:
         problem, weights, target: as for :func:`linearise`.
         names: names of the parameters, in the order of their entries.
     """
     backend = _backend("jax" if problem.module is None else "torch")
-    found: Callable[..., Array] = backend.plain_gradient(problem, weights, target, names)
+    found: PlainGradient = backend.plain_gradient(problem, weights, target, names)
     return found
 
 
@@ -86,13 +89,19 @@ def interact(problem: Problem, target: Target) -> bool:
 
     Cost: the operations of two plain passes over all samples, whatever the target's memory; one of them takes the
     samples one by one. In JAX, two passes of per-sample gradients, and a plain one.
+
+    Raises:
+        NotFinite: gradients are nan or infinite.
     """
     if problem.module is not None:
         return bool(_backend("torch").interact(problem, target))
     j = linearise(problem, "theta_0", target)
     try:
         j.sample_vjp(slice(0, 1), j.basis(0, 1)[:, : j.O].reshape(1, 1, j.O))
-    except Uncertified:
+    except Uncertified as error:
+        assert j.reference is not None
+        if not math.isfinite(certificate.norm(j.reference.cotangent(j.basis(0, 1), j.n, target.memory)[1])):
+            raise NotFinite("gradients are nan or infinite") from error
         return True
     return False
 
@@ -100,7 +109,7 @@ def interact(problem: Problem, target: Target) -> bool:
 def is_split(problem: Problem, target: Target) -> bool:
     """Whether certificates compare with plain passes over parts of the batch, as all of it takes too much memory.
 
-    Interaction between the parts is then not seen.
+    Interaction between the parts is then seen by the outputs alone, if at all.
     """
     return problem.module is not None and bool(_backend("torch").is_split(problem, target))
 

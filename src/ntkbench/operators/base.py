@@ -111,7 +111,13 @@ class JacobianOperator(ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Remarks for the user on how products are computed, such as a JVP that costs more than one pass."""
+        """Remarks for the user on how products are computed and certified, such as a JVP of two passes."""
+        note = self.reference.note if self.reference else ""
+        return (*self._remarks, note) if note else self._remarks
+
+    @property
+    def _remarks(self) -> tuple[str, ...]:
+        """Remarks of the backend on how products are computed."""
         return ()
 
     @property

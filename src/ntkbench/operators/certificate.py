@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import array_api_compat
 import numpy as np
@@ -91,21 +92,73 @@ def check_size(reference: Reference, v: Array, gradient: Array) -> None:
         raise Uncertified("its gradients are zero up to rounding")
 
 
+def unseen(samples: int) -> str:
+    """The note on a comparison with gradients of parts of a batch that could not be compared with the whole batch."""
+    return f"{IN_PARTS} of {samples} samples; interactions of more than {samples} samples are not excluded"
+
+
+IN_PARTS = "compared with plain autograd in parts"
+
+
+def check_parts(wholes: Sequence[Array], differences: Sequence[float], epsilon: float, samples: int) -> None:
+    """Refuse outputs of the whole batch that differ from those of its parts by more than rounding.
+
+    What outputs change with the weights counts: a large constant beside it would hide differences.
+
+    Args:
+        wholes: outputs of the whole batch at some weights, and maybe at perturbed ones.
+        differences: norms of their differences from outputs of the parts.
+        epsilon: machine epsilon of the network.
+        samples: number of samples of a part.
+
+    Raises:
+        Uncertified: they do.
+    """
+    change = norm(wholes[-1] - wholes[0]) / NUDGE  # 0 if there are none at perturbed weights
+    for whole, difference in zip(wholes, differences, strict=True):
+        size = norm(whole)
+        if not difference <= tolerance(epsilon) * min(size, change or size) + ROUNDINGS * epsilon * size:
+            raise Uncertified(
+                f"samples interact: outputs of {samples} samples at a time differ from those of the whole batch by "
+                f"{ratio(difference, size):.1e} of their norm"
+            )
+
+
+class PlainGradient(Protocol):
+    """The function v ``[n]`` -> J^T v ``[P]`` by plain automatic differentiation.
+
+    Attributes:
+        note: what gradients of parts of the batch leave open; empty if nothing.
+    """
+
+    @property
+    def note(self) -> str: ...
+
+    def __call__(self, v: Any, memory: int | None = None) -> Array:
+        """J^T v, an array of any library with the parameters in the operator's order; 1 pass.
+
+        Args:
+            v: an array of any library.
+            memory: bytes that a pass may take; ``None`` for the whole batch.
+        """
+
+
 class Reference:
     """The gradient of random cotangents over the whole batch, by one plain backward pass each.
 
     Attributes:
         differences: the relative difference found for each kind of product; shared by all copies of an operator.
         settled: kinds of product whose method, and therefore cost, is known.
+        note: see :class:`PlainGradient`; of all gradients so far.
 
     Args:
-        gradient: makes the function from v ``[n]``, an array of the operator, and the memory of one pass, to J^T v
-            ``[P]``, an array of any library with the parameters in the operator's order; called at the first use.
+        gradient: makes the function; called at the first use.
     """
 
-    def __init__(self, gradient: Callable[[], Callable[[Array, int | None], Array]]) -> None:
+    def __init__(self, gradient: Callable[[], PlainGradient]) -> None:
         self.differences: dict[str, float] = {}
         self.settled: set[str] = set()
+        self.note = ""
         self._gradient = functools.cache(gradient)
         self._fixed: dict[bool, tuple[Array, Array]] = {}
 
@@ -121,7 +174,9 @@ class Reference:
             v: cotangent.
             memory: bytes that a pass may take. A batch that takes more is split; its samples must not interact.
         """
-        found = self._gradient()(v, memory)
+        gradient = self._gradient()
+        found = gradient(v, memory)
+        self.note = gradient.note
         return found if isinstance(found, type(v)) else arrays.asarray_like(arrays.to_numpy(found), v)
 
     def fixed_gradient(self, v: Array, memory: int | None = None) -> Array:
@@ -147,6 +202,20 @@ def random_weights(size: int, like: Array, seed: int = 20260101) -> Array:
     return random_signs(size, like, seed) * arrays.asarray_like(numbers, like)
 
 
+ROUNDINGS = 64
+"""Machine epsilons by which outputs may differ between batches of different sizes, relative to their norm."""
+
+NUDGE = 0.1
+"""Noise of perturbed weights, relative to each parameter's root mean square."""
+
+
+def perturbed(w: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A parameter plus noise, relative to its root mean square; if that is zero, to the usual scale for its fan-in."""
+    size = float(np.sqrt(np.mean(w * w))) if w.size else 0.0
+    size = size or max(1, w.size // w.shape[-1] if w.ndim and w.size else 1) ** -0.5
+    return w + np.asarray(NUDGE * size * rng.standard_normal(w.shape), w.dtype)
+
+
 def distance(found: Array, expected: Array, size: float = 0.0) -> float:
     """||found - expected|| relative to ||expected||; 0 if both are zero, ``inf`` if either is not finite.
 
@@ -157,11 +226,16 @@ def distance(found: Array, expected: Array, size: float = 0.0) -> float:
 
 def distance_of_parts(pairs: Iterable[tuple[Array, Array]]) -> float:
     """:func:`distance` of vectors in parts, such as gradients by parameter; no larger array is made."""
+    return ratio(*difference_of_parts(pairs))
+
+
+def difference_of_parts(pairs: Iterable[tuple[Array, Array]]) -> tuple[float, float]:
+    """||found - expected|| and ||expected|| of vectors in parts."""
     norms = [0.0, 0.0]
     for found, expected in pairs:
         for i, part in enumerate((found - expected, expected)):
             norms[i] = math.hypot(norms[i], norm(part))
-    return ratio(*norms)
+    return norms[0], norms[1]
 
 
 def norm(x: Array) -> float:

@@ -52,9 +52,21 @@ def network(problem: Problem, weights: str, target: Target) -> tuple[NetworkFunc
     return whole, {key: put(w) for key, w in problem.weights(weights).items()}, put(problem.x)
 
 
-def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[..., jax.Array]:
+def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> PlainGradient:
     """v ``[n]``, an array of any library, -> J^T v ``[P]`` by :func:`plain_pullback`, which is repeated for each v."""
-    return lambda v, memory=None: plain_pullback(problem, weights, target, names)(v)
+    return PlainGradient(problem, weights, target, names)
+
+
+class PlainGradient:
+    """See :class:`ntkbench.operators.certificate.PlainGradient`; it takes the whole batch, whatever the memory."""
+
+    note = ""
+
+    def __init__(self, problem: Problem, weights: str, target: Target, names: Sequence[str]) -> None:
+        self._of = problem, weights, target, names
+
+    def __call__(self, v: Any, memory: int | None = None) -> jax.Array:
+        return plain_pullback(*self._of)(v)
 
 
 def plain_pullback(
@@ -199,7 +211,7 @@ class JaxJacobian(JacobianOperator):
         return WAYS[kind][kind in self._passed_over]
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def _remarks(self) -> tuple[str, ...]:
         return tuple(
             f"each {SAID[kind]} is computed by {self._way(kind)}: {why}" for kind, why in self._passed_over.items()
         )

@@ -89,15 +89,20 @@ def in_parts(
     """The kernel by neural-tangents in rectangles: a function of rows and columns.
 
     These are ranges of :mod:`ntkbench.operators.ranges`. A program is compiled for each shape of a rectangle, and each
-    rectangle is certified separately. ``target.program_memory`` includes the rectangle.
+    rectangle is certified separately. ``target.program_memory`` includes the rectangle. Before the first one, the
+    outputs of all samples together are compared with those of its samples, at the weights and at perturbed ones: four
+    forward passes.
 
     Args:
         way: :func:`structured_derivatives` or :func:`jacobian_contraction`; the other arguments are those of ``way``.
 
     Raises:
         BadInput: raised by the function: a rectangle has only some outputs of a sample.
+        Uncertified: raised by the function: samples of different rectangles interact.
     """
     K = 1 if averaged else problem.O if directions is None else len(directions)
+    every = (problem, problem if x2 is None else problem.with_inputs(x2))
+    compare = functools.cache(lambda end, samples: _compare(every[end], samples, target))
 
     def part(rows: slice, columns: slice) -> jax.Array:
         if any(bound % K for each in (rows, columns) for bound in (each.start, each.stop)):
@@ -105,6 +110,9 @@ def in_parts(
                 "neural-tangents computes all outputs of a sample together, and there is too little memory for that"
             )
         left, right = (slice(each.start // K, each.stop // K) for each in (rows, columns))
+        compare(0, left.stop - left.start)
+        if x2 is not None:
+            compare(1, right.stop - right.start)
         others = None if x2 is None and rows == columns else (problem.x if x2 is None else x2)[right]
         limit = target.program_memory
         if limit is not None:  # includes the rectangle
@@ -113,6 +121,28 @@ def in_parts(
         return way(problem.with_inputs(problem.x[left]), others, directions, averaged, within)
 
     return part
+
+
+def _compare(problem: Problem, samples: int, target: Target) -> None:
+    """Compare the outputs of the whole batch with those of its parts, at the weights and at perturbed ones.
+
+    Raises:
+        Uncertified: they differ, so samples interact.
+    """
+    forward, weights, x = network(problem, "theta_0", target)
+    rng = np.random.default_rng(0)
+    nudged = {key: jnp.asarray(certificate.perturbed(np.asarray(w), rng)) for key, w in weights.items()}
+    wholes, differences = [], []
+    for at in (weights, nudged) if samples < len(x) else ():
+        whole = forward(at, x)
+        if not bool(jnp.isfinite(whole).all()):
+            break  # the function is not defined at such weights
+        starts = range(0, len(x), samples)
+        pairs = ((forward(at, x[i : i + samples]), whole[i : i + samples]) for i in starts)
+        differences.append(certificate.difference_of_parts(pairs)[0])
+        wholes.append(whole)
+    if wholes:
+        certificate.check_parts(wholes, differences, arrays.epsilon(wholes[0]), samples)
 
 
 def _by_rows(

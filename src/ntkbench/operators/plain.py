@@ -14,11 +14,19 @@ from torch import Tensor, nn
 
 from ntkbench.errors import NoSecondPass
 from ntkbench.modules import called, copied, frozen
+from ntkbench.operators import arrays, certificate
 from ntkbench.operators.plain_operations import plain_operations
+
+HELD = 3
+"""Assumed number of values that a pass holds at a time, besides saved ones: as large as the outputs, or as the largest
+value if nothing is saved."""
 
 
 class PlainNetwork:
     """A copy of a module with its own trainable parameters.
+
+    Attributes:
+        note: what comparisons with gradients in parts leave open; empty if nothing.
 
     Args:
         module: ``x -> [N, ...outputs]``, on the device and in the precision of ``parameters``.
@@ -28,13 +36,16 @@ class PlainNetwork:
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor], *, owned: bool = False) -> None:
         self._module = frozen(module if owned else copied(module))
-        self._saved: int | None = None
+        self._sizes: tuple[int, int, int] | None = None
+        self._compared: Tensor | None = None
+        self.note = ""
         own = dict(self._module.named_parameters())
         self._leaves = [own[name].requires_grad_() for name in parameters]
         self.load(parameters.values())
 
     def load(self, values: Iterable[Tensor]) -> None:
         """Set the parameters, in the constructor's order."""
+        self._compared = None
         with torch.no_grad():
             for leaf, value in zip(self._leaves, values, strict=True):
                 leaf.copy_(value)
@@ -46,11 +57,20 @@ class PlainNetwork:
         Args:
             x: inputs ``[N, ...]``.
             v: cotangent with ``N O`` entries, sample-major.
-            memory: bytes of the values that autograd saves, and of this network's parameters and their gradients. A
-                batch that takes more is split into parts of at least two samples; its samples must not interact.
-            samples: number of samples of a part, instead of what the memory allows.
+            memory: bytes of the values that autograd saves, of outputs and cotangents, and of this network's parameters
+                and their gradients. A batch that takes more is split into parts of at least two samples. Its samples
+                must not interact, which is tested once for each x and set of weights: four forward passes without a
+                graph, see :attr:`note`.
+            samples: number of samples of a part, instead of what the memory allows; nothing is tested.
+
+        Raises:
+            Uncertified: samples of different parts interact.
         """
-        samples = samples or self.together(x, memory)
+        if samples is None:
+            samples = self.together(x, memory)
+            if memory is not None and samples < len(x) and self._compared is not x:
+                self._compare(x, samples, memory)
+                self._compared = x
         self._clear()
         v = v.reshape(len(x), -1)
         for start in range(0, len(x), samples):
@@ -62,15 +82,70 @@ class PlainNetwork:
         """Number of samples of a part in :meth:`gradient`."""
         if memory is None or len(x) <= 2:
             return len(x)
-        own = 2 * sum(leaf.nbytes for leaf in self._leaves)
-        return max(2, min(len(x), (memory - own) // max(1, self._saved_bytes(x[:1]))))
+        saved, _, outputs = self._bytes_of(x[:1].clone())
+        return max(2, min(len(x), (memory - self._own_bytes()) // max(1, saved + HELD * outputs)))
 
-    def _saved_bytes(self, x: Tensor) -> int:
-        """Bytes of the values that autograd saves in a forward pass, without the parameters."""
-        if self._saved is None:
+    def _own_bytes(self) -> int:
+        """Bytes of the parameters and their gradients."""
+        return 2 * sum(leaf.nbytes for leaf in self._leaves)
+
+    def _bytes_of(self, x: Tensor) -> tuple[int, int, int]:
+        """Bytes of the values that autograd saves for one sample, of the largest of them, and of the outputs.
+
+        Parameters do not count. All are 0 if they cannot be counted: transforms of torch.func inside a network do not
+        allow hooks on saved tensors.
+        """
+        if self._sizes is None:
             parameters = {w.untyped_storage().data_ptr() for w in self._module.parameters()}
-            self._saved = saved_bytes(lambda: called(self._module, x), parameters) or 0
-        return self._saved
+            try:
+                with saved_values() as kept:
+                    outputs = called(self._module, x).nbytes
+                own = [size for where, size in kept.items() if where not in parameters]
+                self._sizes = sum(own), max(own, default=0), outputs
+            except Exception:
+                self._sizes = 0, 0, 0
+        return self._sizes
+
+    @torch.no_grad()
+    def _compare(self, x: Tensor, samples: int, memory: int) -> None:
+        """Compare the outputs of the whole batch with those of its parts, at these weights and at perturbed ones.
+
+        A readout that starts at zero hides the layers before it, as in :func:`ntkbench.from_module`. The note says if
+        the whole batch does not run within the memory.
+
+        Raises:
+            Uncertified: they differ, so samples interact.
+        """
+        _, largest, outputs = self._bytes_of(x[:1].clone())
+        if self._own_bytes() + len(x) * max(HELD * outputs, outputs + HELD * largest) > memory:
+            self.note = self.note or certificate.unseen(samples)
+            return
+        given = [leaf.clone() for leaf in self._leaves]
+        wholes: list[Tensor] = []
+        differences: list[float] = []
+        try:
+            for perturb in (False, True):
+                if perturb:
+                    generator = torch.Generator(x.device).manual_seed(0)
+                    for leaf in self._leaves:
+                        leaf.copy_(nudged(leaf, generator))
+                try:
+                    whole = called(self._module, x)
+                except Exception:  # it accepts no such number of samples, or is not defined at such weights
+                    break
+                if not whole.isfinite().all():
+                    break
+                parts = zip(x.split(samples), whole.split(samples), strict=True)
+                pairs = ((called(self._module, part), own) for part, own in parts)
+                differences.append(certificate.difference_of_parts(pairs)[0])
+                wholes.append(whole)
+        finally:
+            for leaf, value in zip(self._leaves, given, strict=True):
+                leaf.copy_(value)
+        if wholes:
+            certificate.check_parts(wholes, differences, arrays.epsilon(wholes[0]), samples)
+        else:
+            self.note = self.note or certificate.unseen(samples)
 
     def pullback(self, x: Tensor) -> Callable[[Tensor], list[Tensor]]:
         """:meth:`gradient` at ``x`` as a function of v, which shares the forward pass if its graph allows that."""
@@ -201,6 +276,13 @@ def saved_values() -> Iterator[dict[int, int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         yield kept
+
+
+def nudged(w: Tensor, generator: torch.Generator) -> Tensor:
+    """A parameter plus noise, relative to its root mean square; if that is zero, to the usual scale for its fan-in."""
+    size = float(w.square().mean().sqrt()) or max(1, w[0].numel() if w.ndim else 1) ** -0.5
+    noise = torch.randn(w.shape, generator=generator, dtype=w.dtype, device=w.device)
+    return noise.mul_(certificate.NUDGE * size).add_(w)
 
 
 def flat(gradients: list[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
-from ntkbench.errors import BadInput, NoSecondPass, Unavailable
+from ntkbench.errors import BadInput, NoSecondPass, NotFinite, Unavailable
 from ntkbench.modules import cast, copied, frozen, load, with_values
 from ntkbench.operators import arrays, certificate
 from ntkbench.operators.base import JacobianOperator, Rng
@@ -56,15 +56,24 @@ def _conversion(problem: Problem, target: Target) -> torch.dtype | None:
     return None if to is None else getattr(torch, to)
 
 
-def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> Callable[..., Tensor]:
+def plain_gradient(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> PlainGradient:
     """v ``[n]``, an array of any library, -> J^T v ``[P]`` by plain autograd, parameters in the order of ``names``."""
-    plain, x = _plain(problem, weights, target, names)
+    return PlainGradient(*_plain(problem, weights, target, names))
 
-    def gradient(v: Any, memory: int | None = None) -> Tensor:
-        v = v if isinstance(v, Tensor) else torch.from_numpy(np.array(v)).to(x.device)
-        return flat(plain.gradient(x, v, memory))
 
-    return gradient
+class PlainGradient:
+    """See :class:`ntkbench.operators.certificate.PlainGradient`."""
+
+    def __init__(self, plain: PlainNetwork, x: Tensor) -> None:
+        self._plain, self._x = plain, x
+
+    @property
+    def note(self) -> str:
+        return self._plain.note
+
+    def __call__(self, v: Any, memory: int | None = None) -> Tensor:
+        v = v if isinstance(v, Tensor) else torch.from_numpy(np.array(v)).to(self._x.device)
+        return flat(self._plain.gradient(self._x, v, memory))
 
 
 def _plain(problem: Problem, weights: str, target: Target, names: Sequence[str]) -> tuple[PlainNetwork, Tensor]:
@@ -76,10 +85,16 @@ def _plain(problem: Problem, weights: str, target: Target, names: Sequence[str])
 
 
 def interact(problem: Problem, target: Target) -> bool:
-    """Whether the gradients of samples alone do not add up to that over the whole batch."""
+    """Whether the gradients of samples alone do not add up to that over the whole batch.
+
+    Raises:
+        NotFinite: the latter is not finite, which shows nothing.
+    """
     plain, x = _plain(problem, "theta_0", target, list(problem.theta_0))
     v = certificate.random_weights(problem.n, x.new_empty(0, dtype=getattr(torch, target.dtype)))
     whole = flat(plain.gradient(x, v))
+    if not whole.isfinite().all():
+        raise NotFinite("gradients are nan or infinite")
     try:
         alone = flat(plain.gradient(x, v, samples=1))
     except NoSecondPass:
@@ -241,7 +256,7 @@ class TorchJacobian(JacobianOperator):
         return WAYS[kind][len(self._passed_over.get(kind, ()))]
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def _remarks(self) -> tuple[str, ...]:
         return tuple(
             f"each {SAID[kind]} is computed by {self._way(kind)}: {'; '.join(dict.fromkeys(reasons))}"
             for kind, reasons in self._passed_over.items()

@@ -125,6 +125,7 @@ def of_layers(prepared: TracedProblem, names: Sequence[str], probes: int, seed: 
     ledger, moments = ledger_of(ends), required_moments(names)
     found, exact = _moments_of_p(ends, moments, probes, seed)
     spent, _, certificate = ledger()
+    notes = tuple(end.engine.note for end in ends[:1] if end.engine.note)
     P = {}
     for name in names:
         value, error, degrees = delta_method(name, moments, found)
@@ -136,7 +137,8 @@ def of_layers(prepared: TracedProblem, names: Sequence[str], probes: int, seed: 
             stated,
             spent,
             how,
-            metric=name,
+            notes,
+            name,
             degrees=degrees,
             certificate=certificate,
             rounding=_rounding(name, ends, certificate) if exact else None,
@@ -151,7 +153,8 @@ def of_layers(prepared: TracedProblem, names: Sequence[str], probes: int, seed: 
             None,
             0,
             "inputs_of_layers",
-            metric=name,
+            notes,
+            name,
             certificate=certificate,
             rounding=_rounding(name, ends, certificate),
             kernel="K",

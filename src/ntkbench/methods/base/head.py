@@ -85,6 +85,7 @@ class HeadedNetwork:
         T, d, V: positions of a sample, inputs of the head, and its outputs.
         W: the head's weight, ``[V, d]``.
         G: see :class:`Gram`.
+        note: what comparisons with plain autograd leave open; see :class:`ntkbench.operators.plain.PlainNetwork`.
 
     Args:
         problem: the problem of the network.
@@ -101,7 +102,7 @@ class HeadedNetwork:
     def __init__(self, problem: Problem, which: str, target: Target, layer: LastProduct | None = None) -> None:
         from ntkbench.modules import copied, load
 
-        self._problem, self._which, self._target = problem, which, target
+        self._problem, self._which, self._target, self.note = problem, which, target, ""
         module, self._parameters, self._x = torch_network(problem, which, target)
         self._module = load(copied(module), self._parameters)
         self.layer = layer or _last_layer(self._module, self._x)
@@ -180,7 +181,9 @@ class HeadedNetwork:
         like = self._parameters[names[0]]
         c = certificate.random_weights(len(self._hidden) * self.V, like).reshape(-1, self.V)
         Q = Q.to(c.dtype)
-        plain = PlainNetwork(self._module, self._parameters, owned=True).gradient(self._x, c, memory)
+        whole_network = PlainNetwork(self._module, self._parameters, owned=True)
+        plain = whole_network.gradient(self._x, c, memory)
+        self.note = whole_network.note
         module, parameters, x = torch_network(other, "theta_0", self._target)
         inner = PlainNetwork(module, parameters).gradient(x, c @ Q, memory)
         found = dict(zip(parameters, inner, strict=True))
@@ -336,6 +339,10 @@ class HeadedProblem:
                 self._certified[name] = end.certify()
         return max(self._certified[name] for name in metrics.parameter_sets(metric))
 
+    def notes(self, metric: str) -> tuple[str, ...]:
+        """What certificates leave open."""
+        return tuple(end.note for end in self.ends(metric) if end.note)
+
     def certify_again(self) -> None:
         """Compare with plain autograd again, even after an earlier comparison."""
         self._certified.clear()
@@ -409,6 +416,10 @@ class ShortHeads:
             ends = self._headed.ends(metric)
             self._certified[names] = max(end.compare(short, Q) for end, (short, _) in zip(ends, made, strict=True))
         return self._certified[names]
+
+    def notes(self, metric: str) -> tuple[str, ...]:
+        """What certificates leave open."""
+        return self._headed.notes(metric)
 
     def certify_again(self) -> None:
         """Compare with plain autograd again, even after an earlier comparison."""

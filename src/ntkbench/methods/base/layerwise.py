@@ -229,13 +229,14 @@ def _blocks_of(networks: Sequence[TracedNetwork]) -> Blocks:
 
 
 def ledger_of(ends: Sequence[TracedNetwork]) -> Ledger:
-    """A counter of the passes spent from now on; its notes name the parameters without a rule."""
+    """A counter of the passes spent from now on; notes name parameters without a rule, and what is not certified."""
     before = {end.engine: end.engine.directions_taken for end in ends}
     N = len(ends[0].x)
 
     def ledger() -> tuple[float, tuple[str, ...], float | None]:
         spent = sum(engine.directions_taken - taken for engine, taken in before.items()) / N
         notes = [f"{name} written out: {why}" for engine in before for name, why in engine.fallbacks().items()]
+        notes += [engine.note for engine in before if engine.note]
         found = [engine.certificate for engine in before if engine.certificate is not None]
         return spent, tuple(dict.fromkeys(notes)), max(found, default=None)
 

@@ -249,6 +249,7 @@ class TiedNetwork:
     Attributes:
         inner: the network f', traced.
         G: see :class:`ntkbench.methods.base.gram.Gram`.
+        note: what comparisons with plain autograd leave open; see :class:`ntkbench.operators.plain.PlainNetwork`.
 
     Args:
         whole: the network itself.
@@ -261,7 +262,7 @@ class TiedNetwork:
     """
 
     def __init__(self, whole: Whole, basis: Basis, target: Target) -> None:
-        self._whole, self._basis, self._target = whole, basis, target
+        self._whole, self._basis, self._target, self.note = whole, basis, target, ""
         self._short = whole.shortened(basis)
         self._traced = TracedProblem(self._short, target)
         (self.inner,) = self._traced.ends("trace")
@@ -288,7 +289,9 @@ class TiedNetwork:
         """
         whole, basis, memory = self._whole, self._basis, self._target.memory
         c = certificate.random_weights(len(self._h) * basis.shape[0], whole.W).reshape(len(self._h), -1)
-        plain = PlainNetwork(whole.module, whole.parameters, owned=True).gradient(whole.x, c, memory)
+        whole_network = PlainNetwork(whole.module, whole.parameters, owned=True)
+        plain = whole_network.gradient(whole.x, c, memory)
+        self.note = whole_network.note
         module, parameters, x = torch_network(self._short, "theta_0", self._target)
         inner = PlainNetwork(module, parameters).gradient(x, basis.down(c.T).T, memory)
         found = dict(zip(parameters, inner, strict=True))
@@ -372,6 +375,10 @@ class TiedProblem:
         if names not in self._certified:
             self._certified[names] = max(end.certify() for end in self.ends(metric))
         return self._certified[names]
+
+    def notes(self, metric: str) -> tuple[str, ...]:
+        """What certificates leave open."""
+        return tuple(end.note for end in self.ends(metric) if end.note)
 
     def certify_again(self) -> None:
         """Compare with plain autograd again, even after an earlier comparison."""

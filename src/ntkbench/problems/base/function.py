@@ -16,11 +16,11 @@ import numpy as np
 
 from ntkbench import errors
 from ntkbench.ambient import own_jax_settings
-from ntkbench.errors import BadInput, OverMemory, summary, unknown
-from ntkbench.operators.certificate import PLAIN, random_weights, ratio, tolerance
+from ntkbench.errors import BadInput, NotFinite, OverMemory, summary, unknown
+from ntkbench.operators.certificate import PLAIN, perturbed, random_weights, ratio, tolerance
 from ntkbench.options import DTYPES
 from ntkbench.problem import Problem
-from ntkbench.problems.base.module import ALONE, INTERACTION, NUDGE, SECOND, TOGETHER, _spread
+from ntkbench.problems.base.module import ALONE, INTERACTION, SECOND, TOGETHER, _spread
 
 Arrays = dict[str, np.ndarray]
 
@@ -644,7 +644,7 @@ def _close(a: Any, b: Any, within: float, axis: int | None = None) -> bool:
 def _check_depends(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray) -> None:
     """Refuse a function whose gradient is zero both at the given parameters and at perturbed ones."""
     rng = np.random.default_rng(0)
-    for at in (theta, {key: _perturbed(w, rng) for key, w in theta.items()}):
+    for at in (theta, {key: perturbed(w, rng) for key, w in theta.items()}):
         try:
             found = _plain_gradient(forward, at, fixed, x)
         except Exception as error:  # an operation may have no derivative at these values
@@ -724,7 +724,7 @@ def _check_same_in(own: str, dtype: str, forward: FlatFunction, theta: Arrays, f
 
 
 def _interact(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Whether some sample's gradients in the batch differ from those of the sample alone.
+    """Whether some sample's gradients in the batch differ from those of the sample alone, if these are finite.
 
     Raises:
         BadInput: the function cannot be differentiated.
@@ -733,6 +733,7 @@ def _interact(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray
         return False
     few, own = x[_spread(len(x), TOGETHER)], next(iter(theta.values())).dtype.name
     failed: Exception | None = None
+    finite = True
     for inputs, dtype in ((few, "float64"), (few, own), (x, "float64"), (x, own)):
         try:
             if not _difference(own, dtype, forward, theta, fixed, inputs) <= ROUNDING:
@@ -741,7 +742,9 @@ def _interact(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np.ndarray
                 arrays = _cast(theta, dtype), _cast(fixed, dtype), _cast({"x": inputs}, dtype)["x"]
                 return _gradients_differ(forward, *arrays, int(np.prod(shape[1:])))
         except Exception as error:  # f may accept no other number of samples, or no other precision
-            failed = error
+            failed, finite = error, finite and not isinstance(error, NotFinite)
+    if not finite:
+        return False
     assert failed is not None  # the last precision is that of the function itself
     raise BadInput(f"f cannot be differentiated: {summary(failed)}") from failed
 
@@ -754,10 +757,12 @@ def _gradients_differ(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np
     v = np.zeros((len(x), outputs), dtype)
     v[chosen] = random_weights(v[chosen].size, v).reshape(v[chosen].shape)
     within = max(INTERACTION, tolerance(float(np.finfo(dtype).eps)))
-    for at in (theta, {key: _perturbed(w, rng) for key, w in theta.items()}):
+    for at in (theta, {key: perturbed(w, rng) for key, w in theta.items()}):
         together = np.asarray(gradient(at, x, v))
-        if at is not theta and not np.isfinite(together).all():
-            break  # the function is not defined at such weights
+        if not np.isfinite(together).all():
+            if at is not theta:
+                break  # the function is not defined at such weights
+            raise NotFinite("gradients are nan or infinite")
         try:
             alone = sum(np.asarray(gradient(at, x[i : i + 1], v[i : i + 1])) for i in chosen)
         except Exception:  # f does not accept a single sample
@@ -765,10 +770,3 @@ def _gradients_differ(forward: FlatFunction, theta: Arrays, fixed: Arrays, x: np
         if not np.linalg.norm(together - alone) <= within * np.linalg.norm(together):
             return True
     return False
-
-
-def _perturbed(w: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A parameter plus noise, relative to its root mean square; if that is zero, to the usual scale for its fan-in."""
-    size = float(np.sqrt(np.mean(w * w))) if w.size else 0.0
-    size = size or max(1, w.size // w.shape[-1] if w.ndim and w.size else 1) ** -0.5
-    return w + np.asarray(NUDGE * size * rng.standard_normal(w.shape), w.dtype)

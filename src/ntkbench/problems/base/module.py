@@ -28,7 +28,7 @@ from ntkbench.layerwise.layers import of_last_module
 from ntkbench.modules import cast, copied, frozen, load
 from ntkbench.operators import certificate
 from ntkbench.operators.arrays import epsilon, to_numpy
-from ntkbench.operators.plain import PlainNetwork, flat, leaves
+from ntkbench.operators.plain import PlainNetwork, flat, leaves, nudged
 from ntkbench.options import DTYPES
 from ntkbench.problem import PROBED, Problem
 from ntkbench.problems.base import captured
@@ -39,9 +39,6 @@ TOGETHER, ALONE = 64, 8
 
 INTERACTION = 1e-6
 """Relative difference of gradients above which samples interact; larger than the error of float32 inside a network."""
-
-NUDGE = 0.1
-"""Noise of perturbed weights, relative to each parameter's root mean square."""
 
 CALLS = 8
 """Calls that must agree for a network in eval mode that draws random numbers."""
@@ -256,8 +253,9 @@ def _gradient(
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether two gradients are equal up to rounding, as certificates allow it."""
-    return certificate.distance(found, expected) <= certificate.tolerance(epsilon(expected))
+    """Whether two gradients are equal up to rounding, as certificates allow it, where either is finite."""
+    known = found.isfinite() | expected.isfinite()
+    return certificate.distance(found[known], expected[known]) <= certificate.tolerance(epsilon(expected))
 
 
 def paired(problem: Problem, other: Problem) -> Problem:
@@ -570,6 +568,8 @@ def _in_precision(
                 expected = _gradient(given, _trainable(given), inputs, outputs, role, together=False).to(real)
         except Exception:  # it does not take inputs of this precision, or a later check reports what is wrong
             continue
+        if not expected.isfinite().all():  # shows nothing
+            continue
         try:
             off = certificate.distance(
                 _gradient(made, _trainable(made), converted, outputs, role, together=False), expected
@@ -873,7 +873,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _interact(net: nn.Module, x: Tensor, *, mixed: bool) -> bool:
     """Whether some sample's gradients in the batch differ from those of the sample alone.
 
-    A network of mixed precisions is not tested in float64.
+    A network of mixed precisions is not tested in float64. Gradients that are not finite show nothing: in float64 they
+    may be so only there, and certificates refuse others.
 
     Raises:
         BadInput: the network cannot be differentiated.
@@ -881,7 +882,8 @@ def _interact(net: nn.Module, x: Tensor, *, mixed: bool) -> bool:
     if len(x) == 1:
         return False
     few = x[_spread(len(x), TOGETHER)]
-    trials = ((few, None), (x, None)) if mixed else ((few, torch.float64), (x, torch.float64), (x, None))
+    trials = itertools.product((few, x) if len(few) < len(x) else (x,), (None,) if mixed else (torch.float64, None))
+    finite = True
     for inputs, dtype in trials:
         wide = dtype if dtype is not None else next(iter(_trainable(net).values())).dtype
         try:
@@ -889,15 +891,21 @@ def _interact(net: nn.Module, x: Tensor, *, mixed: bool) -> bool:
                 at = inputs.to(dtype) if dtype is not None and inputs.is_floating_point() else inputs
                 return _gradients_differ(cast(copied(net), dtype), at)
         except Exception as error:  # it may accept no other number of samples, or no other precision
-            failed = error
+            failed, finite = error, finite and not isinstance(error, NotFinite)
+    if not finite:
+        return False
     raise BadInput(f"the model cannot be differentiated: {summary(failed)}")
 
 
 def _gradients_differ(net: nn.Module, x: Tensor) -> bool:
-    """Whether gradients in the batch and alone differ; changes the network."""
+    """Whether gradients in the batch and alone differ; changes the network.
+
+    Raises:
+        NotFinite: those in the batch are not finite.
+    """
     theta = _trainable(net)
     plain = PlainNetwork(net, theta, owned=True)
-    rng = np.random.default_rng(0)
+    generator = torch.Generator(x.device).manual_seed(0)
     outputs = net(x)
     chosen = _spread(len(x), ALONE)
     v = torch.zeros_like(outputs)
@@ -906,15 +914,17 @@ def _gradients_differ(net: nn.Module, x: Tensor) -> bool:
     tolerance = max(INTERACTION, eps**0.5)
     for perturbed in (False, True):
         if perturbed:
-            plain.load(_perturbed(w, rng) for w in theta.values())
+            plain.load(nudged(w, generator) for w in theta.values())
         try:
             together = flat(plain.gradient(x, v))
         except Exception:
             if perturbed:
                 break  # the network is not defined at such weights
             raise
-        if perturbed and not together.isfinite().all():
-            break
+        if not together.isfinite().all():
+            if perturbed:
+                break
+            raise NotFinite("gradients are nan or infinite")
         try:
             alone = sum(flat(plain.gradient(x[i : i + 1], v[i : i + 1])) for i in chosen)
         except Exception:  # it does not accept a single sample, like train-mode BatchNorm
@@ -922,12 +932,6 @@ def _gradients_differ(net: nn.Module, x: Tensor) -> bool:
         if not (together - alone).norm() <= tolerance * together.norm():
             return True
     return False
-
-
-def _perturbed(w: Tensor, rng: np.random.Generator) -> Tensor:
-    """A parameter plus noise, relative to its root mean square; if that is zero, to the usual scale for its fan-in."""
-    size = float(w.square().mean().sqrt()) or max(1, w[0].numel() if w.ndim else 1) ** -0.5
-    return w + NUDGE * size * torch.from_numpy(rng.standard_normal(tuple(w.shape))).to(w)
 
 
 def _spread(N: int, most: int) -> list[int]:
