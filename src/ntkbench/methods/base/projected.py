@@ -15,7 +15,7 @@ from ntkbench import metrics
 from ntkbench.errors import Undefined, Unsupported
 from ntkbench.estimate import Estimate
 from ntkbench.estimators import accumulators, projections
-from ntkbench.estimators.projections import Features
+from ntkbench.estimators.projections import Features, Heaviest
 from ntkbench.estimators.standard_errors import PointEstimate, mean
 from ntkbench.methods.base.method import PreparedProblem, certificate, notes, rounding
 from ntkbench.methods.base.stochastic import Ledger, Stochastic, check_enough
@@ -23,11 +23,12 @@ from ntkbench.methods.base.u_statistics import jackknifed_rank
 from ntkbench.operators import Array, JacobianOperator, arrays
 from ntkbench.options import Target
 from ntkbench.problem import Problem
+from ntkbench.units import counted, percent_label
 
 TABLES = 6
 """Tables of all pairs of replicates that are held for each moment."""
-SEEN = 0.5
-"""Share of the replicates with a nonzero feature below which masked features have an unknown error."""
+COMBINED = 4
+"""Random combinations of the rows of J that show by how much each column differs at two parameter sets."""
 
 
 class Projected(Stochastic):
@@ -72,9 +73,9 @@ class Projected(Stochastic):
     def parts(self, k: int) -> int:
         """R for k features of a row."""
 
-    def masks(self, prepared: Any, metric: str, k: int) -> bool:
-        """Whether each replicate leaves out some parameters for k features of a row."""
-        return False
+    def observed(self, prepared: Any, metric: str, k: int, seed: int) -> tuple[list[Features], Ledger, str]:
+        """The result of :meth:`features`, and why its replicates may agree by chance; empty if they do not."""
+        return *self.features(prepared, metric, k, seed), ""
 
     def passes_per_probe(self, metric: str) -> int:
         return len(metrics.parameter_sets(metric))
@@ -90,14 +91,12 @@ class Projected(Stochastic):
 
     def spend(self, prepared: Any, metric: str, passes: int, seed: int) -> Estimate:
         k = self.probes(metric, passes)
-        features, ledger = self.features(prepared, metric, k, seed)
-        missed = self.masks(prepared, metric, k) and min(float(each.any((1, 2)).mean()) for each in features) < SEEN
+        features, ledger, missed = self.observed(prepared, metric, k, seed)
         try:
             point, complement = estimated(metric, features)
         except Undefined:
             if missed:
-                shown = "most features are zero, and the parameters kept are too few to show that Theta is zero"
-                raise Undefined(f"the {metrics.words(metric)} cannot be estimated: {shown}") from None
+                raise Undefined(f"the {metrics.words(metric)} cannot be estimated: {missed}") from None
             check_enough((metric,), len(features[0]))
             raise
         value, error, degrees = self.with_unknown_error(
@@ -106,7 +105,7 @@ class Projected(Stochastic):
         spent, remarks, found = ledger()
         if missed:
             error, degrees = math.nan, 0.0
-            remarks = (*remarks, "most masks keep no parameter with a gradient: the error is unknown")
+            remarks = (*remarks, f"unknown error: {missed}")
         bound = self.rounding(prepared, metric, found)
         return Estimate(value, error, spent, self.name, remarks, metric, degrees, found, complement, bound)
 
@@ -144,10 +143,23 @@ class ProjectedRows(Projected):
     def features(
         self, prepared: PreparedProblem, metric: str, k: int, seed: int, *, replicates: int | None = None
     ) -> tuple[list[Features], Ledger]:
-        jacobians = prepared.jacobians(metric)
+        return self._projected(prepared.jacobians(metric), k, seed, replicates)
+
+    def _projected(
+        self,
+        jacobians: Sequence[JacobianOperator],
+        k: int,
+        seed: int,
+        replicates: int | None = None,
+        columns: Sequence[_Columns] = (),
+    ) -> tuple[list[Features], Ledger]:
+        """:meth:`features`, and the columns of each J if they are asked for."""
         if k < jacobians[0].O:
             raise Unsupported(f"{self.name}: k must be at least {jacobians[0].O}, the passes of all rows of J; got {k}")
-        found = [_project_rows(j, self.sketch(j, k, seed, replicates)) for j in jacobians]
+        found = [
+            _project_rows(j, self.sketch(j, k, seed, replicates), columns[i] if columns else None)
+            for i, j in enumerate(jacobians)
+        ]
         return found, lambda: (sum(j.passes for j in jacobians), notes(jacobians), certificate(jacobians))
 
     def rounding(self, prepared: PreparedProblem, metric: str, certified: float | None) -> float:
@@ -171,18 +183,40 @@ class HashedRows(ProjectedRows):
     def parts(self, k: int) -> int:
         return self.nonzeros
 
-    def masks(self, prepared: PreparedProblem, metric: str, k: int) -> bool:
-        P = prepared.jacobians(metric)[0].P
-        return self._of_all(P, k // self.nonzeros) < P
+    def observed(self, prepared: PreparedProblem, metric: str, k: int, seed: int) -> tuple[list[Features], Ledger, str]:
+        """See :class:`Projected`; masks may all miss parameters that have much of the gradient.
+
+        The sums of squares of all columns of J show this, since a column's share of the trace limits its share of the
+        other moments; see :func:`ntkbench.estimators.projections.missed`. They take n P additions for each set of
+        weights, and the differences of an alignment take n P :data:`COMBINED`.
+        """
+        jacobians = prepared.jacobians(metric)
+        P = jacobians[0].P
+        kept = self._of_all(P, k // self.nonzeros)
+        if kept == P:
+            return super().observed(prepared, metric, k, seed)
+        columns = [_Columns(j, COMBINED if metric == "alignment" else 0) for j in jacobians]
+        features, ledger = self._projected(jacobians, k, seed, columns=columns)
+        terms = {"the trace": columns[0].squares()}
+        if metric == "alignment":
+            terms["the other trace"] = columns[1].squares()
+            terms["the change of the kernel"] = columns[1].changes(columns[0])
+        hits = projections.KEPT_ONCE if metric == "trace" else projections.KEPT_TWICE
+        for name, each in terms.items():
+            if found := projections.missed(each, kept, self.nonzeros, hits):
+                return features, ledger, _missed(name, found, self.nonzeros * kept / P)
+        return features, ledger, ""
 
     def bytes_needed(self, problem: Problem, metric: str, target: Target, passes: int | None = None) -> int:
-        """The features, the signs, and the indices of the kept parameters, which are drawn from all."""
+        """The features, the signs, the indices of the kept parameters, which are drawn from all, and their columns."""
         features = super().bytes_needed(problem, metric, target, passes)
         if self.kept is None:
             return features + self.nonzeros * (2 * problem.P + HASHING * min(problem.P, CHUNK))
         k = self.probes(metric, self.default_passes if passes is None else passes)
         kept = self._of_all(problem.P, k // self.nonzeros)
-        return features + 10 * self.nonzeros * kept + 8 * problem.P + HASHING * min(kept, CHUNK)
+        columns = 0 if kept == problem.P else 2 * (1 + COMBINED) if metric == "alignment" else 1
+        drawn = 10 * self.nonzeros * kept + 8 * problem.P + HASHING * min(kept, CHUNK)
+        return features + drawn + columns * problem.P * target.itemsize
 
     def sketch(self, j: JacobianOperator, k: int, seed: int, replicates: int | None) -> Sketch:
         blocks = replicates or self.nonzeros
@@ -194,10 +228,54 @@ class HashedRows(ProjectedRows):
         return min(P, (self.kept or P) * width)
 
 
-def _project_rows(j: JacobianOperator, sketch: Sketch) -> Features:
+class _Columns:
+    """Sums over the rows of J for each parameter, from blocks of rows.
+
+    Args:
+        j: the operator.
+        combined: number of random combinations of the rows, the same at all parameter sets.
+    """
+
+    def __init__(self, j: JacobianOperator, combined: int) -> None:
+        zero = j.basis(0, 1)
+        self._squares = zero.new_zeros(j.P)
+        self._signs = j.rng(0).sign(combined, j.n) if combined else None
+        self._combined = zero.new_zeros(combined, j.P)
+
+    def add(self, rows: Array, numbers: np.ndarray) -> None:
+        """Add rows ``[r, P]``, given their numbers ``[r]``."""
+        import torch
+
+        self._squares += torch.linalg.vector_norm(rows, dim=0) ** 2
+        if self._signs is not None:
+            self._combined += self._signs[:, torch.from_numpy(numbers).to(rows.device)] @ rows
+
+    def squares(self) -> np.ndarray:
+        """Sum of squares of each column, ``[P]``."""
+        return arrays.to_numpy(self._squares, np.float64)
+
+    def changes(self, before: _Columns) -> np.ndarray:
+        """Effect of each column's change on the kernel, up to a factor: its estimated norm times that of the column."""
+        changed = ((self._combined - before._combined) ** 2).mean(0)
+        sizes = np.maximum(self.squares(), before.squares())
+        return np.sqrt(arrays.to_numpy(changed, np.float64) * sizes)
+
+
+def _missed(name: str, heaviest: Heaviest, share: float) -> str:
+    parameters = counted(heaviest.number, "parameter")
+    return (
+        f"{percent_label(heaviest.share)} of {name} is due to {parameters}, and the expected number of these in all "
+        f"masks is {heaviest.number * share:.1f}"
+    )
+
+
+def _project_rows(j: JacobianOperator, sketch: Sketch, columns: _Columns | None = None) -> Features:
     features: np.ndarray | None = None
     for rectangle in j.rectangles(0.5):
-        made = arrays.to_numpy(sketch(j.sample_rows(*rectangle)), np.float64)
+        rows = j.sample_rows(*rectangle)
+        if columns is not None:
+            columns.add(rows, j.row_numbers(*rectangle))
+        made = arrays.to_numpy(sketch(rows), np.float64)
         features = np.empty((j.n, *made.shape[1:])) if features is None else features
         features[j.row_numbers(*rectangle)] = made
     assert features is not None  # there is at least one rectangle
