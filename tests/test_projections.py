@@ -364,7 +364,7 @@ def test_masks_that_miss_the_gradient_do_not_show_that_theta_is_zero():
     for seed in range(10):
         found = method.estimate(ready, "norm", 16, seed)
         assert math.isnan(found.standard_error) and "100 % of the trace is due to" in found.notes[-1]
-        with pytest.raises(Undefined, match=r"effective_rank cannot be estimated: 100 % of the trace is due to"):
+        with pytest.raises(Undefined, match=r"effective rank cannot be estimated: 100 % of the trace is due to"):
             method.estimate(ready, "effective_rank", 16, seed)
 
 

@@ -78,20 +78,22 @@ class KFOC(Method):
 
     def estimate(self, prepared: PreparedProblem, metric: str, passes: int | None = None, seed: int = 0) -> Estimate:
         jacobians, weights = prepared.jacobians(metric), prepared.problem.theta_0
-        found, remarks = [], notes(jacobians)
+        found: list[list[kronecker.Factors]] = []
+        remarks: list[str] = []
         for j in jacobians:
             factors = []
             for name, gradients in _layers(j, weights):
                 both, gap, error = self._nearest(gradients, STEPS * j.epsilon)
                 if not error <= self.accurate:
                     close = f"its two largest singular values differ by {gap:.1e}"
-                    remarks = (*remarks, f"{name}: the nearest Kronecker product is known to {error:.1g} only; {close}")
+                    remarks.append(f"{name}: the nearest Kronecker product is known to {error:.1g} only; {close}")
                 factors.append(both)
             found.append(factors)
         moments = kronecker.moments(found[0], found[-1])
         spent = sum(j.passes for j in jacobians)
+        said = (*remarks, *notes(jacobians))
         return Estimate.of_moments(
-            metric, moments, spent, self.name, remarks, certificate(jacobians), kernel=self.computes
+            metric, moments, spent, self.name, said, certificate(jacobians), kernel=self.computes
         )
 
     def _nearest(self, gradients: np.ndarray, rounding: float) -> tuple[kronecker.Factors, float, float]:
