@@ -173,15 +173,15 @@ def decaying():
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_products_give_the_largest_eigenvalue_to_within_their_residual(backend):
+def test_intervals_of_the_largest_eigenvalue_by_products_reach_it(backend):
     problem, method = decaying(), methods.get("block_lanczos")
     truth = by_definition(kernel(problem))["largest_eigenvalue"]
     prepared = method.prepare(problem, Target(backend, "float64", "cpu"))
     found = [method.estimate(prepared, "largest_eigenvalue", 32, seed) for seed in range(20)]
     assert all(each.value <= truth * (1 + 1e-9) and each.interval()[1] >= truth for each in found)
-    assert all(0 < each.standard_error < 0.2 * truth and each.passes <= 32 for each in found)
+    assert all(0 < each.standard_error < 0.6 * truth and each.passes <= 32 for each in found)
     more = method.estimate(prepared, "largest_eigenvalue", 4096)
-    assert more.value == pytest.approx(truth, rel=1e-7) and more.passes < 100, "it ends at a small residual"
+    assert more.value == pytest.approx(truth, rel=1e-7) and more.passes < 100, "it ends at a small error"
     assert more.standard_error <= method.rtol * truth and more.interval()[1] >= truth
 
 

@@ -800,7 +800,7 @@ def test_a_head_that_does_not_fit_in_memory_is_left_to_other_methods(kind):
     with pytest.raises(OverMemory, match="wide_head needs"):
         ntkbench.norm(problem.module, TOKENS, method="wide_head", memory=2 * 8 * width * D - 1, dtype="float64")
     found = ntkbench.norm(problem.module, TOKENS, memory=2 * 8 * width * D - 1, dtype="float64")
-    assert "wide_head" not in found.method and any("wide_head needs" in note for note in found.notes)
+    assert "wide_head" not in found.method and any("wide_head: needs" in note for note in found.notes)
 
 
 def test_auto_estimates_in_the_hidden_dimension():
